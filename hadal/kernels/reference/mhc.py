@@ -1,0 +1,52 @@
+"""Manifold-constrained hyper-connections: how a block reads from and writes to the N residual streams.
+
+Legend: T tokens, N streams, d hidden. Source: report 2.2, spec architecture 4; the Sinkhorn order is the code's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hadal.kernels.reference.dense import linear_f32
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Near doubly stochastic [T, N, N] from raw logits: row softmax, column step, then (row, column) iterations-1 times."""
+    c = torch.softmax(logits, dim=-1) + eps
+    c = c / (c.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        c = c / (c.sum(-1, keepdim=True) + eps)
+        c = c / (c.sum(-2, keepdim=True) + eps)
+    return c
+
+
+def stream_maps(
+    x_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three mixing maps of one site: pre [T, N], post [T, N], comb [T, N, N] (contract its first index)."""
+    n = x_TND.shape[1]
+    x = x_TND.flatten(1).float()
+    m = linear_f32(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    pre = torch.sigmoid(m[:, :n] * scale[0] + base[:n]) + eps
+    post = 2 * torch.sigmoid(m[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = sinkhorn((m[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n), iterations, eps)
+    return pre, post, comb
+
+
+def collapse_map(x_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:
+    """Weights [T, N] with which a head collapses the streams; no Sinkhorn."""
+    x = x_TND.flatten(1).float()
+    m = linear_f32(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    return torch.sigmoid(m * scale + base) + eps
+
+
+def mix_in(x_TND: Tensor, pre_TN: Tensor) -> Tensor:
+    """Read the sublayer's input [T, d] from the streams; FP32 sum, one cast."""
+    return (pre_TN.unsqueeze(-1) * x_TND.float()).sum(1).to(x_TND.dtype)
+
+
+def mix_out(x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+    """Write the sublayer's output back: X'[k] = post[k] y + sum_j comb[j, k] X[j]; FP32, one cast."""
+    mixed = torch.matmul(comb_TNN.transpose(1, 2), x_TND.float())
+    return (post_TN.unsqueeze(-1) * y_TD.float().unsqueeze(1) + mixed).to(x_TND.dtype)

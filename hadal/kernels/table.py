@@ -1,0 +1,67 @@
+"""KernelTable: which function computes each operator; the model asks it and never imports a backend.
+
+A backend is a table with the same names and signatures as `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+Operator = Callable[..., Any]
+
+
+class KernelError(ValueError):
+    """A backend that does not exist or cannot run here."""
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """Operators of one backend; the signatures are those of `hadal.kernels.reference`."""
+
+    name: str
+    linear: Operator
+    linear_f32: Operator
+    rms_norm: Operator
+    head_norm: Operator
+    rotate: Operator
+    hadamard: Operator
+    quantise_kv: Operator
+    stream_maps: Operator
+    collapse_map: Operator
+    mix_in: Operator
+    mix_out: Operator
+    pool_blocks: Operator
+    attend: Operator
+    attend_listed: Operator
+    affinities: Operator
+    choose_experts: Operator
+    routing_weights: Operator
+    swiglu: Operator
+    routed_experts: Operator
+
+    def operators(self) -> dict[str, str]:
+        """Operator name -> the function that computes it."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {name: f"{f.__module__}.{f.__qualname__}" for name, f in chosen.items()}
+
+
+BACKENDS = ("reference",)
+
+
+@cache
+def kernel_table(backend: str = "auto") -> KernelTable:
+    """The operators of a backend; "auto" takes the fastest one that runs on this machine."""
+    if backend not in ("auto", *BACKENDS):
+        raise KernelError(f"no kernel backend {backend!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
+    from hadal.kernels.reference import attention, compress, dense, mhc, moe
+
+    modules = (attention, compress, dense, mhc, moe)
+    named = {
+        f.name: next(getattr(m, f.name) for m in modules if hasattr(m, f.name))
+        for f in fields(KernelTable)
+        if f.name != "name"
+    }
+    return KernelTable(name="reference", **named)

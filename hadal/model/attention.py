@@ -1,0 +1,191 @@
+"""Attention: shared-KV multi-query attention over a window and compressed entries, with grouped output projection.
+
+Legend: T packed tokens, H heads, D head dim, K window rows, C entries, G output groups, d hidden.
+Source: report 2.3, spec architecture 2.2-2.8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hadal.config import LayerSpec, ModelConfig
+from hadal.kernels import KernelTable, Numerics
+from hadal.kernels.keys import Attended, IndexerLoss, IndexQuery
+from hadal.model.compress import Compressor
+from hadal.model.rope import RopeTable
+from hadal.model.spans import Batch, Span
+from hadal.model.state import LayerState, Tail
+from hadal.quant import fake_quant_fp4
+
+
+@dataclass(frozen=True)
+class IndexInputs:
+    """The indexer's packed queries and weights, and the keys each span may choose from."""
+
+    q_THD: Tensor
+    weight_TH: Tensor
+    keys: list[Tensor]
+    topk: int
+
+
+@dataclass
+class TrainingTrace:
+    """What a training pass collects on its way; `dense` attends to every entry instead of the indexer's choice."""
+
+    dense: bool = False
+    indexer_loss: IndexerLoss | None = None
+
+
+class Indexer(nn.Module):
+    """Lightning indexer: scores compressed entries for each token with few, small, FP4-rounded heads."""
+
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable) -> None:
+        super().__init__()
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Parameter(torch.empty(heads * dim, config.q_lora_rank))
+        self.weights_proj = nn.Parameter(torch.empty(heads, config.hidden_size))
+        self.compressor = Compressor(config, layer, dim, ops, rope)
+        self._config, self._layer, self._num, self._ops = config, layer, num, ops
+
+    def forward(
+        self, x_TD: Tensor, qr_TQ: Tensor, rope_TR: tuple[Tensor, Tensor], batch: Batch, states: list[LayerState | None]
+    ) -> IndexInputs:
+        """Queries from the attention's latent, weights from the hidden state, keys from the own compressor."""
+        heads, dim = self._config.index_n_heads, self._config.index_head_dim
+        q = self._ops.linear(qr_TQ, self.wq_b, self._num, quantise_input=self._num.dense_inputs)
+        q = self._ops.rotate(q.view(-1, heads, dim), *rope_TR)
+        weight = self._ops.linear(x_TD, self.weights_proj, self._num, quantise_input=False) * (dim**-0.5 * heads**-0.5)
+        keys, plan = self.compressor(x_TD, batch, [s.index_tail if s else None for s in states])
+        split = list(self._encode(keys).split(plan.count))
+        for i, state in enumerate(states):
+            if state is not None:
+                assert state.index_keys is not None
+                state.index_keys.append(split[i])
+                split[i] = state.index_keys.rows
+        return IndexInputs(self._encode(q), weight, split, self._config.index_topk)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        # Orthonormal, so it only matters together with the FP4 rounding that follows it.
+        return fake_quant_fp4(self._ops.hadamard(x)) if self._num.fake_quant else self._ops.hadamard(x)
+
+
+class Attention(nn.Module):
+    """One layer's attention, for window-only, CSA and HCA layers alike."""
+
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable) -> None:
+        super().__init__()
+        c, groups = config, config.o_groups
+        self.wq_a = nn.Parameter(torch.empty(c.q_lora_rank, c.hidden_size))
+        self.q_norm = nn.Parameter(torch.empty(c.q_lora_rank))
+        self.wq_b = nn.Parameter(torch.empty(c.num_attention_heads * c.head_dim, c.q_lora_rank))
+        self.wkv = nn.Parameter(torch.empty(c.head_dim, c.hidden_size))
+        self.kv_norm = nn.Parameter(torch.empty(c.head_dim))
+        self.attn_sink = nn.Parameter(torch.empty(c.num_attention_heads))
+        self.wo_a = nn.Parameter(torch.empty(groups * c.o_lora_rank, c.num_attention_heads * c.head_dim // groups))
+        self.wo_b = nn.Parameter(torch.empty(c.hidden_size, groups * c.o_lora_rank))
+        self.compressor = Compressor(c, layer, c.head_dim, ops, rope) if layer.ratio else None
+        self.indexer = Indexer(c, layer, num, ops, rope) if layer.attention == "csa" else None
+        self._config, self._layer, self._num, self._ops, self._rope = config, layer, num, ops, rope
+
+    def forward(
+        self, x_TD: Tensor, batch: Batch, states: list[LayerState | None], trace: TrainingTrace | None = None
+    ) -> Tensor:
+        """Attention output [T, d] of packed tokens; `states` (one per span, or None) are advanced in place."""
+        rope_TR = self.rotary(batch)
+        qr_TQ, q_THD = self.queries(x_TD, rope_TR)
+        kv_TD = self.window_kv(x_TD, rope_TR)
+        index = self._index(x_TD, qr_TQ, rope_TR, batch, states, trace)
+        entries = self._entries(x_TD, batch, states)
+        parts = []
+        for i, span in enumerate(batch.spans):
+            rows = slice(span.row, span.row + span.length)
+            query = None
+            if index is not None and not (trace is not None and trace.dense and trace.indexer_loss is None):
+                topk = index.keys[i].shape[0] if trace is not None and trace.dense else index.topk
+                query = IndexQuery(index.q_THD[rows], index.weight_TH[rows], index.keys[i], topk)
+            window, history = self._window(kv_TD[rows], span, states[i])
+            keys = Attended(
+                window, entries[i] if entries else None, span.start, history, self._config.sliding_window,
+                self._layer.ratio, query,
+            )  # fmt: skip
+            parts.append(self.attend(q_THD[rows], keys, trace.indexer_loss if trace else None))
+        o_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.project_out(o_THD, rope_TR)
+
+    def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin of the batch's positions in this layer's RoPE regime."""
+        return self._rope.at(self._layer, batch.positions_T, max(span.end for span in batch.spans))
+
+    def queries(self, x_TD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The query latent [T, Q] and the normed, rotated heads [T, H, D]."""
+        quantise = self._num.dense_inputs
+        qr = self._ops.linear(x_TD, self.wq_a, self._num, quantise_input=quantise)
+        qr = self._ops.rms_norm(qr, self.q_norm, self._config.rms_norm_eps)
+        q = self._ops.linear(qr, self.wq_b, self._num, quantise_input=quantise)
+        q = self._ops.head_norm(q.view(-1, self._config.num_attention_heads, self._config.head_dim), self._config.rms_norm_eps)
+        return qr, self._ops.rotate(q, *rope_TR)
+
+    def window_kv(self, x_TD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> Tensor:
+        """Window entries [T, D]: one head that serves as key and value."""
+        kv = self._ops.linear(x_TD, self.wkv, self._num, quantise_input=self._num.dense_inputs)
+        kv = self._ops.rotate(self._ops.rms_norm(kv, self.kv_norm, self._config.rms_norm_eps), *rope_TR)
+        return self._quantise_kv(kv)
+
+    def attend(self, q_THD: Tensor, keys: Attended, loss: IndexerLoss | None = None) -> Tensor:
+        """Attention of one span, in the form the numerics ask for."""
+        if self._num.faithful:
+            out: Tensor = self._ops.attend_listed(q_THD, keys, self.attn_sink)
+            return out
+        out = self._ops.attend(q_THD, keys, self.attn_sink, self._num, loss)
+        return out
+
+    def project_out(self, o_THD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> Tensor:
+        """Undo the rotation at the query position, then project per group of heads and jointly [T, d]."""
+        groups, rank = self._config.o_groups, self._config.o_lora_rank
+        o = self._ops.rotate(o_THD, *rope_TR, inverse=True).reshape(o_THD.shape[0], groups, -1)
+        wo_a = self.wo_a if isinstance(self.wo_a, Tensor) else self.wo_a.dense(o.dtype)
+        matmul = self._num.matmul or o.dtype
+        # One product per group; the official code does not quantise this input.
+        u = torch.bmm(o.transpose(0, 1).to(matmul), wo_a.view(groups, rank, -1).transpose(1, 2).to(matmul))
+        u = u.transpose(0, 1).flatten(1).to(o.dtype)
+        out: Tensor = self._ops.linear(u, self.wo_b, self._num, quantise_input=self._num.dense_inputs)
+        return out
+
+    def _quantise_kv(self, kv: Tensor) -> Tensor:
+        return self._ops.quantise_kv(kv, self._config.qk_rope_head_dim) if self._num.fake_quant else kv
+
+    def _index(
+        self, x_TD: Tensor, qr_TQ: Tensor, rope_TR: tuple[Tensor, Tensor], batch: Batch,
+        states: list[LayerState | None], trace: TrainingTrace | None,
+    ) -> IndexInputs | None:  # fmt: skip
+        if self.indexer is None:
+            return None
+        # The indexer learns from its own objective alone, so nothing flows back through its inputs.
+        inputs: IndexInputs = self.indexer(x_TD.detach(), qr_TQ.detach(), rope_TR, batch, states)
+        return inputs
+
+    def _entries(self, x_TD: Tensor, batch: Batch, states: list[LayerState | None]) -> list[Tensor] | None:
+        if self.compressor is None:
+            return None
+        tails: list[Tail | None] = [s.tail if s else None for s in states]
+        new, plan = self.compressor(x_TD, batch, tails)
+        split = list(self._quantise_kv(new).split(plan.count))
+        for i, state in enumerate(states):
+            if state is not None:
+                assert state.entries is not None
+                state.entries.append(split[i])
+                split[i] = state.entries.rows
+        return split
+
+    def _window(self, kv_TD: Tensor, span: Span, state: LayerState | None) -> tuple[Tensor, int]:
+        """Window rows [history | span] of one span, and how many of them are history."""
+        if state is None:
+            return kv_TD, 0
+        history = state.window_KD.shape[0]
+        rows = torch.cat((state.window_KD, kv_TD)) if history else kv_TD
+        keep = min(span.end, self._config.sliding_window - 1)
+        state.window_KD = rows[rows.shape[0] - keep :].clone()
+        return rows, history

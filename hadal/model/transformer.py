@@ -1,0 +1,230 @@
+"""Model: DeepSeek-V4 on ragged tokens, from token ids to logits.
+
+Many sequences lie end to end without padding; per-token work runs on all of them at once, per-sequence work follows the
+spans. A forward pass continues the sequences' states, so prefill in chunks of any size and single steps compute the
+one-shot function.
+
+Legend: T packed tokens, S sequences, N streams, d hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hadal.config import ModelConfig
+from hadal.kernels import Numerics, kernel_table
+from hadal.kernels.keys import IndexerLoss
+from hadal.model.attention import TrainingTrace
+from hadal.model.block import Block
+from hadal.model.draft import DsparkStage, MtpBlock
+from hadal.model.initial import init_weights
+from hadal.model.mhc import StreamCollapse
+from hadal.model.moe import Routing
+from hadal.model.rope import RopeTable
+from hadal.model.spans import Batch
+from hadal.model.state import SequenceState, fresh_state
+
+
+class InputError(ValueError):
+    """Token ids or lengths that the model cannot take."""
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """What a training pass gives to the losses.
+
+    `logits_TV` row i predicts token i+1, `mtp_logits_TV` row i predicts token i+2. `routing` lists every MoE layer in
+    order, the MTP block last. `indexer_kl` is the mean over queries and CSA layers; `indexer_captured` is 1 - KL/KL(uniform).
+    """
+
+    logits_TV: Tensor
+    mtp_logits_TV: Tensor | None
+    routing: list[Routing]
+    indexer_kl: Tensor | None
+    indexer_captured: float | None
+
+
+class Model(nn.Module):
+    """A V4 model with its draft head; weights are uninitialised until loaded or `init_weights` is called."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.numerics = num = numerics or Numerics()
+        self.ops = ops = kernel_table(backend)
+        rope = RopeTable(config)
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Block(config, layer, num, ops, rope) for layer in config.layers)
+        self.hc_head = StreamCollapse(config, ops)
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        if config.draft == "dspark":
+            stages = [DsparkStage(config, d, num, ops, rope, i) for i, d in enumerate(config.draft_layers)]
+            self.draft = nn.ModuleList(stages)
+        else:
+            self.draft = nn.ModuleList(MtpBlock(config, d, num, ops, rope) for d in config.draft_layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.norm.device
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights for training from scratch."""
+        init_weights(self, generator)
+
+    def new_state(self) -> SequenceState:
+        """The state of a sequence before its first token."""
+        return fresh_state(self.config, self.numerics.dtype, self.device)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor | Sequence[int], state: SequenceState | None = None) -> Tensor:
+        """Logits [T, V] in FP32 after each of the given tokens, which continue `state` (a fresh one by default)."""
+        ids = self._ids(token_ids)
+        return self.logits_ragged(ids, [len(ids)], [state or self.new_state()], last_only=False)
+
+    @torch.no_grad()
+    def logits_ragged(
+        self,
+        token_ids_T: Tensor | Sequence[int],
+        lengths: Sequence[int],
+        states: Sequence[SequenceState],
+        last_only: bool = True,
+    ) -> Tensor:
+        """Continue S sequences by `lengths` tokens each, packed end to end; states advance.
+
+        Returns FP32 logits [S, V] after each sequence's last token, or [T, V] after every token.
+        """
+        x, _ = self.streams(token_ids_T, lengths, states)
+        if last_only:
+            x = x[torch.tensor(lengths).cumsum(0).to(x.device) - 1]
+        return self.head_logits(x)
+
+    @torch.no_grad()
+    def streams(
+        self, token_ids_T: Tensor | Sequence[int], lengths: Sequence[int], states: Sequence[SequenceState]
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `logits_ragged`, but returns the streams [T, N, d] before the head, and the DSpark taps [T, taps*d] if any."""
+        ids = self._ids(token_ids_T)
+        if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
+            raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
+        batch = Batch.from_states(lengths, states, self.device)
+        x, _, taps = self._run(ids, batch, list(states), None)
+        for state, length in zip(states, lengths, strict=True):
+            state.position += length
+        return x, taps
+
+    def head_logits(self, x_TND: Tensor) -> Tensor:
+        """FP32 logits [T, V] of the main head."""
+        return self._logits(x_TND, self.hc_head, self.norm)
+
+    @torch.no_grad()
+    def mtp_logits(self, x_TND: Tensor, next_ids_T: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
+        """MTP logits [T, V]: row i takes the streams at i and token i+1 and predicts token i+2.
+
+        `states` are those the streams came from, already advanced past the given tokens; their draft part advances here.
+        """
+        spans = Batch.from_states(lengths, states, self.device).spans
+        back = [type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans]
+        x, _ = self._mtp(x_TND, self._ids(next_ids_T), Batch(back, self.device), None)
+        return x
+
+    @torch.no_grad()
+    def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
+        """Fill the DSpark windows with committed positions (see `mtp_logits` for `states`); returns main_x [T, d]."""
+        main = self.draft[0].main_hidden(taps_TD)
+        spans = Batch.from_states(lengths, states, self.device).spans
+        batch = Batch([type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans], self.device)
+        for i, stage in enumerate(self.draft):
+            stage.remember(main, batch, [state.draft[i] for state in states])
+        return main
+
+    @torch.no_grad()
+    def dspark_block(self, anchor: int, state: SequenceState) -> tuple[Tensor, Tensor]:
+        """Run one draft block for the token `anchor` sampled after the last committed position.
+
+        Returns the collapsed hidden states [Q, d] before the norm and the base logits [Q, V] before the Markov bias.
+        """
+        length = self.config.dspark_block_size or 0
+        ids = torch.full((length,), self.config.dspark_noise_token_id or 0, device=self.device)
+        ids[0] = anchor
+        x = self._embed(ids)
+        for i, stage in enumerate(self.draft):
+            x = stage.draft(x, ids, state.position, state.draft[i])
+        last = self.draft[-1]
+        hidden = last.hc_head(x)
+        normed = self.ops.rms_norm(hidden, last.norm, self.config.rms_norm_eps)
+        return hidden, self.ops.linear_f32(normed, self.head)
+
+    def training_forward(
+        self, token_ids_T: Tensor, cu_seqlens: Sequence[int], *, dense: bool = False, indexer_loss: bool = True
+    ) -> TrainingOutput:
+        """One differentiable pass over whole documents packed end to end; documents do not see each other.
+
+        `cu_seqlens` are the documents' borders (0 first, T last). `dense` lets CSA layers attend to every entry.
+        """
+        ids = self._ids(token_ids_T)
+        if list(cu_seqlens[:1]) != [0] or cu_seqlens[-1] != len(ids) or sorted(set(cu_seqlens)) != list(cu_seqlens):
+            raise InputError(f"cu_seqlens must rise from 0 to {len(ids)}; got {list(cu_seqlens)[:8]}")
+        batch = Batch.from_documents(cu_seqlens, self.device)
+        trace = TrainingTrace(dense, IndexerLoss() if indexer_loss else None)
+        x, routing, _ = self._run(ids, batch, [None] * len(batch.spans), trace)
+        mtp = None
+        if self.config.draft == "mtp":
+            mtp, mtp_routing = self._mtp(x, torch.roll(ids, -1), batch, trace)
+            routing.append(mtp_routing)
+        kl, captured = _indexer_result(trace.indexer_loss)
+        return TrainingOutput(self.head_logits(x), mtp, routing, kl, captured)
+
+    def _run(
+        self, ids_T: Tensor, batch: Batch, states: Sequence[SequenceState | None], trace: TrainingTrace | None
+    ) -> tuple[Tensor, list[Routing], Tensor | None]:
+        x = self._embed(ids_T)
+        routing, taps = [], []
+        for i, block in enumerate(self.layers):
+            x, routed = block(x, ids_T, batch, [s.layers[i] if s else None for s in states], trace)
+            routing.append(routed)
+            if i in self.config.dspark_target_layer_ids:
+                taps.append(x.float().mean(1).to(x.dtype))
+        return x, routing, torch.cat(taps, dim=-1) if taps else None
+
+    def _mtp(
+        self, x_TND: Tensor, next_ids_T: Tensor, batch: Batch, trace: TrainingTrace | None
+    ) -> tuple[Tensor, Routing]:
+        block = self.draft[0]
+        x = block.join(x_TND, F.embedding(next_ids_T, self.embed).to(self.numerics.dtype))
+        x, routing = block(x, next_ids_T, batch, [s.state.draft[0] if s.state else None for s in batch.spans], trace)
+        return self._logits(x, block.hc_head, block.norm), routing
+
+    def _embed(self, ids_T: Tensor) -> Tensor:
+        e = F.embedding(ids_T, self.embed).to(self.numerics.dtype)
+        return e.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _logits(self, x_TND: Tensor, collapse: nn.Module, norm: Tensor) -> Tensor:
+        hidden = self.ops.rms_norm(collapse(x_TND), norm, self.config.rms_norm_eps)
+        if self.numerics.matmul is not None:
+            return F.linear(hidden.to(self.numerics.matmul), self.head.to(self.numerics.matmul)).float()
+        out: Tensor = self.ops.linear_f32(hidden, self.head)
+        return out
+
+    def _ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
+        ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
+        if ids.dim() != 1 or not len(ids):
+            raise InputError(f"token ids must be a non-empty list of integers, not shape {tuple(ids.shape)}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}")
+        return ids
+
+
+def _indexer_result(loss: IndexerLoss | None) -> tuple[Tensor | None, float | None]:
+    if loss is None or not loss.queries:
+        return None, None
+    kl, uniform = torch.stack(loss.kl).sum(), torch.stack(loss.uniform).sum()
+    captured = 1 - float(kl.detach()) / float(uniform) if float(uniform) > 0 else 1.0
+    return kl / loss.queries, captured
