@@ -5,7 +5,7 @@ The only room that knows tensor names; above `quant` and `model`.
 
 from hadal.checkpoint.convert import convert
 from hadal.checkpoint.inspect import Inspection, inspect
-from hadal.checkpoint.load import find_model, load_model, source_of
+from hadal.checkpoint.load import load_model, locate_model, source_of
 from hadal.checkpoint.names import TensorSpec, shard_plan, tensor_table
 from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.save import save_model
@@ -17,9 +17,9 @@ __all__ = [
     "Inspection",
     "TensorSpec",
     "convert",
-    "find_model",
     "inspect",
     "load_model",
+    "locate_model",
     "open_checkpoint",
     "save_model",
     "shard_plan",

@@ -97,14 +97,18 @@ def official_config(raw: dict[str, Any]) -> dict[str, Any]:
         ratio = {"sliding_attention": 0, **raw.get("compress_rates", {})}
         unknown = [kind for kind in raw["layer_types"] if kind not in ratio]
         if unknown:
-            raise CheckpointError(f"config.json has a layer of type {unknown[0]!r} without a rate in `compress_rates`; add it")
+            raise CheckpointError(
+                f"config.json has a layer of type {unknown[0]!r} without a rate in `compress_rates`; add it"
+            )
         out["compress_ratios"] = [ratio[kind] for kind in raw["layer_types"]]
         out["num_nextn_predict_layers"] = 0
     if "num_hash_layers" not in out and "mlp_layer_types" in raw:
         kinds = raw["mlp_layer_types"]
         out["num_hash_layers"] = kinds.count("hash_moe")
         if "hash_moe" in kinds[out["num_hash_layers"] :]:
-            raise CheckpointError("config.json puts a hash layer after a learned one in `mlp_layer_types`; V4 has them first")
+            raise CheckpointError(
+                "config.json puts a hash layer after a learned one in `mlp_layer_types`; V4 has them first"
+            )
     if "partial_rotary_factor" in raw:
         out.setdefault("qk_rope_head_dim", int(raw["head_dim"] * raw["partial_rotary_factor"]))
     out.setdefault("topk_method", "noaux_tc")
@@ -120,7 +124,9 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     trunk = config.without_draft().replace(quantization=False, expert_dtype=None)
     rates = {layer.ratio for layer in trunk.layers if layer.attention == "hca"}
     if len(rates) > 1:
-        raise CheckpointError(f"transformers knows one HCA ratio per model, not {sorted(rates)}; keep the official layout")
+        raise CheckpointError(
+            f"transformers knows one HCA ratio per model, not {sorted(rates)}; keep the official layout"
+        )
     return trunk.to_dict() | {
         "layer_types": [_LAYER_TYPES[layer.attention] for layer in trunk.layers],
         "compress_rates": {_LAYER_TYPES["csa"]: CSA_RATIO, _LAYER_TYPES["hca"]: rates.pop() if rates else 128},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hadal.checkpoint.hf import official_config
-from hadal.checkpoint.load import find_model
+from hadal.checkpoint.load import locate_model
 from hadal.checkpoint.names import DRAFT_PREFIX, EXPERT_PROBE, TensorSpec, shard_plan, tensor_table
 from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.source import INDEX_FILE, open_checkpoint, read_config, read_index, read_json
@@ -63,7 +63,7 @@ def inspect(path: str | Path) -> Inspection:
         if "weight_map" in raw:
             return _from_index(file, raw)
         return _from_config(ModelConfig.from_dict(official_config(raw)))
-    directory = find_model(path)
+    directory = locate_model(path)
     if not any(directory.glob("*.safetensors")):
         if (directory / INDEX_FILE).exists():
             return _from_index(directory / INDEX_FILE, read_json(directory / INDEX_FILE))
@@ -110,8 +110,8 @@ def _from_names(names: Iterable[str], shards: int, nbytes: int | None) -> Inspec
     return Inspection(
         source="index", release=None, layers={kind: kinds[kind] for kind in ("swa", "csa", "hca")}, hash_layers=hashed,
         draft=draft, draft_stages=len(stages), expert_format=None, dense_format=None, tensors=len(names), shards=shards,
-        dtypes=None, bytes=nbytes, parameters=None, active_parameters=None, draft_parameters=None, kv_bytes_per_token=None,
-        state_bytes=None,
+        dtypes=None, bytes=nbytes, parameters=None, active_parameters=None, draft_parameters=None,
+        kv_bytes_per_token=None, state_bytes=None,
     )  # fmt: skip
 
 
@@ -123,14 +123,21 @@ def _kind(names: set[str], layer: str) -> str:
 
 
 def _describe(
-    source: str, config: ModelConfig, formats: tuple[str, str], tensors: int, shards: int, dtypes: dict[str, int], nbytes: int
+    source: str,
+    config: ModelConfig,
+    formats: tuple[str, str],
+    tensors: int,
+    shards: int,
+    dtypes: dict[str, int],
+    nbytes: int,
 ) -> Inspection:
     kinds = Counter(layer.attention for layer in config.layers)
     counted = count(config)
     return Inspection(
         source=source, release=_release(config, nbytes), layers={kind: kinds[kind] for kind in ("swa", "csa", "hca")},
-        hash_layers=config.num_hash_layers, draft=config.draft, draft_stages=config.draft_stages, expert_format=formats[0],
-        dense_format=formats[1], tensors=tensors, shards=shards, dtypes=dict(sorted(dtypes.items())), bytes=nbytes,
+        hash_layers=config.num_hash_layers, draft=config.draft, draft_stages=config.draft_stages,
+        expert_format=formats[0], dense_format=formats[1], tensors=tensors, shards=shards,
+        dtypes=dict(sorted(dtypes.items())), bytes=nbytes,
         **dataclasses.asdict(counted),
     )  # fmt: skip
 

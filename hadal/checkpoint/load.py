@@ -35,7 +35,7 @@ _CARRIED = ("embed", "weights_proj", "markov_w1", "markov_w2", "confidence")
 _sources: WeakKeyDictionary[nn.Module, Checkpoint] = WeakKeyDictionary()
 
 
-def find_model(name: str | Path) -> Path:
+def locate_model(name: str | Path) -> Path:
     """The directory of a model: "nano" (embedded), a path, or a Hub repository id, which is downloaded if need be."""
     if str(name) == EMBEDDED:
         return Path(str(importlib.resources.files("hadal").joinpath("assets", EMBEDDED)))
@@ -45,7 +45,9 @@ def find_model(name: str | Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the shards")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-        raise CheckpointError(f"no model {str(name)!r}: neither a directory, nor owner/name of a Hub repository, nor 'nano'")
+        raise CheckpointError(
+            f"no model {str(name)!r}: neither a directory, nor owner/name of a Hub repository, nor 'nano'"
+        )
     return _download(str(name))
 
 
@@ -71,7 +73,7 @@ def load_model(
         raise CheckpointError(f"fake_quant is {fake_quant!r}; choose True, False or 'auto'")
     if weights not in ("auto", "packed", "dense"):
         raise CheckpointError(f"weights is {weights!r}; choose 'auto', 'packed' or 'dense'")
-    checkpoint = open_checkpoint(find_model(path_or_repo_or_name))
+    checkpoint = open_checkpoint(locate_model(path_or_repo_or_name))
     numerics = Numerics(
         dtype=carrier,
         fake_quant=carrier == torch.bfloat16 if fake_quant == "auto" else fake_quant,
@@ -172,6 +174,6 @@ def _download(repository: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{repository!r} is no directory here and could not be fetched from the Hub ({reason}); check the name, the "
-            "network and access rights"
+            f"{repository!r} is no directory here and could not be fetched from the Hub ({reason}); check the name, "
+            "the network and access rights"
         ) from error

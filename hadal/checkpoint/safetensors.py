@@ -1,8 +1,8 @@
 """The safetensors container: headers, zero-copy views and a writer that reproduces the reference library's bytes.
 
 Written here because loading needs two things the library hides: where each tensor lies (one mapping, no copies) and a
-message that says which file and tensor is broken. Layout: 8 bytes little-endian header length, a JSON header padded with
-blanks to 8 bytes, then the payload without gaps.
+message that says which file and tensor is broken. Layout: 8 bytes little-endian header length, a JSON header padded
+with blanks to 8 bytes, then the payload without gaps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from hadal.checkpoint.names import DTYPE_BYTES
 
 _MAX_HEADER = 100_000_000
 _TORCH = {
-    "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64,
-    "I64": torch.int64, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _TAG = {dtype: tag for tag, dtype in _TORCH.items()}
 # The library sorts a file's tensors by this rank, then by name, so that wide types stay aligned.
-_RANK = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
-         "BOOL"]  # fmt: skip
+_RANK = [
+    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
+    "BOOL",
+]  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -77,7 +79,9 @@ def read_header(file: Path) -> Header:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{file} has no complete safetensors header (it holds {size} bytes); fetch the file again")
+            raise CheckpointError(
+                f"{file} has no complete safetensors header (it holds {size} bytes); fetch the file again"
+            )
         text = stream.read(length)
     try:
         raw = json.loads(text, object_pairs_hook=_unique)
@@ -104,9 +108,13 @@ def _entry(file: Path, name: str, value: Any, base: int) -> Entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise CheckpointError(f"{file} describes tensor {name} without dtype, shape and offsets; fetch the file again")
+            raise CheckpointError(
+                f"{file} describes tensor {name} without dtype, shape and offsets; fetch the file again"
+            )
     if dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{file} stores tensor {name} as {dtype!r}, which no V4 checkpoint uses; fetch the official file")
+        raise CheckpointError(
+            f"{file} stores tensor {name} as {dtype!r}, which no V4 checkpoint uses; fetch the official file"
+        )
     if not all(type(n) is int and n >= 0 for n in shape):
         raise CheckpointError(f"{file} gives tensor {name} the shape {shape}; fetch the file again")
     entry = Entry(file, name, dtype, tuple(shape), base + begin)
@@ -127,7 +135,7 @@ def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -
         position += entry.nbytes
         if position > size:
             raise CheckpointError(
-                f"{file} is truncated: tensor {entry.name} ends at byte {position} but the file has {size}; fetch it again"
+                f"{file} is truncated: tensor {entry.name} ends at byte {position} of {size}; fetch the file again"
             )
     if position != size:
         raise CheckpointError(f"{file} has {size - position} bytes after its last tensor; fetch the file again")
@@ -201,7 +209,9 @@ class FileWriter:
     def __enter__(self) -> FileWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stream.close()
         if kind is not None:
             self._partial.unlink()

@@ -29,7 +29,8 @@ Quantise = Literal["fp4", "fp8"] | None
 Weight = Tensor | PackedWeight
 
 _COMPANIONS = [
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "encoding/encoding_dsv4.py", "LICENSE", "README.md"
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "encoding/encoding_dsv4.py", "LICENSE",
+    "README.md",
 ]  # fmt: skip
 _TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
@@ -47,7 +48,8 @@ class _Target:
         return tensor_table(self.config, expert_format=self.expert_format, dense_format=self.dense_format)
 
     def format(self, spec: TensorSpec) -> WeightFormat:
-        return {"plain": "bf16", "dense": self.dense_format, "expert": self.expert_format}[spec.family]  # type: ignore[return-value]
+        formats: dict[str, WeightFormat] = {"dense": self.dense_format, "expert": self.expert_format}
+        return formats.get(spec.family, "bf16")
 
 
 def save_model(model: Model, path: str | Path, *, quantize: Quantise = None) -> None:
@@ -90,7 +92,8 @@ def write_official(
     weights = [spec for spec in target.table() if spec.role == "weight"]
     stored = {spec.name: _stored_dtype(spec, target, value) for spec in weights if target.format(spec) == "bf16"}
     tensors = {spec.name: (spec.name, stored.get(spec.name, spec.dtype), spec.shape) for spec in target.table()}
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for file, metadata, names, keep_order in _layout(target, tensors, source):
         inside = set(names)
         with FileWriter(path / file, [tensors[n] for n in names], metadata=metadata, sort=not keep_order) as writer:
@@ -122,7 +125,8 @@ def write_hf(path: str | Path, checkpoint: Checkpoint) -> None:
         group = groups.setdefault(spec.group, {})
         earlier = group.get(place.name, (place.name, dtype, place.shape))[1]
         group[place.name] = (place.name, max(dtype, earlier), place.shape)  # one FP32 expert makes its stack FP32
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     weights = {spec.name: spec for spec in checkpoint.table if spec.role == "weight" and spec.name in places}
     for number, (group_index, tensors) in enumerate(groups.items(), 1):
         file = _file_name(number, len(groups))
@@ -133,7 +137,9 @@ def write_hf(path: str | Path, checkpoint: Checkpoint) -> None:
                 writer.write(place.name, dense, place.element)
         weight_map |= dict.fromkeys(tensors, file)
         total += writer.nbytes
-    _write_json(path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, None)
+    _write_json(
+        path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, None
+    )
     _write_json(path / "config.json", hf_config(config), None)
     copy_companions(checkpoint, path)
 
@@ -199,7 +205,9 @@ def _fits_bf16(values: Tensor) -> bool:
 def _dense(weight: Weight, dtype: torch.dtype, spec: TensorSpec) -> Tensor:
     values = weight.dense() if isinstance(weight, PackedWeight) else weight
     if dtype == torch.bfloat16 and not _fits_bf16(values):
-        raise CheckpointError(f"tensor {spec.name} does not fit BF16 exactly; keep this checkpoint in the official layout")
+        raise CheckpointError(
+            f"tensor {spec.name} does not fit BF16 exactly; keep this checkpoint in the official layout"
+        )
     return values.to(dtype)
 
 

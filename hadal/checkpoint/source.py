@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from hadal.checkpoint.hf import HF_PROBE, SAVED_PROBE, hf_place, official_config, saved_name
-from hadal.checkpoint.names import DENSE_PROBE, DRAFT_PREFIX, DTYPE_BYTES, EXPERT_PROBE, IGNORABLE, TensorSpec, tensor_table
+from hadal.checkpoint.names import (
+    DENSE_PROBE,
+    DRAFT_PREFIX,
+    DTYPE_BYTES,
+    EXPERT_PROBE,
+    IGNORABLE,
+    TensorSpec,
+    tensor_table,
+)
 from hadal.checkpoint.safetensors import CheckpointError, Entry, Header, MappedFiles, read_header
 from hadal.config import ModelConfig, WeightFormat
 from hadal.quant import PackedWeight
@@ -68,7 +76,7 @@ class Checkpoint:
         return PackedWeight("fp8", stored, scales, spec.matrix_shape)
 
     def by_parameter(self) -> Iterator[tuple[str, list[TensorSpec]]]:
-        """Each model parameter with the weights that fill it (several for stacked experts), one shard group at a time."""
+        """Each model parameter with the weights that fill it (several for stacked experts), one group at a time."""
         group: dict[str, list[TensorSpec]] = {}
         current = 0
         for spec in self.table:
@@ -151,7 +159,9 @@ def _read_headers(path: Path) -> dict[str, Header]:
                 raise CheckpointError(f"shard {file} with tensor {name} is missing; download it again")
             headers[file_name] = read_header(file)
         if name not in headers[file_name].entries:
-            raise CheckpointError(f"{path / file_name} lacks tensor {name}, which the index places there; fetch it again")
+            raise CheckpointError(
+                f"{path / file_name} lacks tensor {name}, which the index places there; fetch it again"
+            )
     _check_twice(headers)
     return headers
 
@@ -161,7 +171,9 @@ def _check_twice(headers: dict[str, Header]) -> None:
     for header in headers.values():
         for name in header.entries:
             if name in seen:
-                raise CheckpointError(f"tensor {name} is in both {seen[name]} and {header.file}; remove one of the files")
+                raise CheckpointError(
+                    f"tensor {name} is in both {seen[name]} and {header.file}; remove one of the files"
+                )
             seen[name] = header.file
 
 
@@ -197,7 +209,7 @@ def _match_draft(config: ModelConfig, entries: dict[str, Entry], path: Path) -> 
         return config.without_draft()
     if len(stages) > config.draft_stages:
         raise CheckpointError(
-            f"{path} holds {len(stages)} draft stages ({DRAFT_PREFIX}*) but its config announces {config.draft_stages}; "
+            f"{path} holds {len(stages)} draft stages ({DRAFT_PREFIX}*), its config announces {config.draft_stages}; "
             "use the config.json of the same release"
         )
     return config
@@ -225,7 +237,7 @@ def _check_table(checkpoint: Checkpoint) -> None:
         entry = entries.get(spec.name)
         if entry is None:
             raise CheckpointError(
-                f"tensor {spec.name} is missing from {checkpoint.path}; fetch the shard that holds it or check config.json"
+                f"tensor {spec.name} is missing from {checkpoint.path}; fetch its shard or check config.json"
             )
         allowed = _FLOATS if spec.dtype in _FLOATS else ("I64", "I32") if spec.dtype == "I64" else (spec.dtype,)
         if entry.dtype not in allowed:
@@ -235,8 +247,10 @@ def _check_table(checkpoint: Checkpoint) -> None:
     unexpected = [name for name in entries if name not in expected and not IGNORABLE.fullmatch(name)]
     if unexpected:
         entry = entries[min(unexpected)]
-        raise CheckpointError(f"{entry.file} holds tensor {entry.name}, which this model does not have; check config.json")
+        raise CheckpointError(
+            f"{entry.file} holds tensor {entry.name}, which this model does not have; check config.json"
+        )
 
 
 def _wrong(entry: Entry, found: str, wanted: str) -> str:
-    return f"{entry.file}: tensor {entry.name} has {found}, but config.json asks for {wanted}; use files of the same release"
+    return f"{entry.file}: tensor {entry.name} has {found}, but config.json asks for {wanted}; use files of one release"

@@ -48,12 +48,14 @@ def decode_e2m1(codes: Tensor) -> Tensor:
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
-    """Codes uint8 [..., K] in 0..15 -> bytes uint8 [..., K/2], the even column in the low nibble (spec: architecture 6.2).
+    """Codes uint8 [..., K] in 0..15 -> bytes uint8 [..., K/2], the even column in the low nibble.
 
-    Raises ValueError when K is odd.
+    Raises ValueError when K is odd. Source: spec architecture 6.2.
     """
     if codes.shape[-1] % 2:
-        raise ValueError(f"{codes.shape[-1]} columns cannot be packed two to a byte; pad the last dimension to an even size")
+        raise ValueError(
+            f"{codes.shape[-1]} columns cannot be packed two to a byte; pad the last dimension to an even size"
+        )
     assert codes.dtype == torch.uint8, codes.dtype
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
@@ -76,7 +78,9 @@ def float_to_e8m0(x: Tensor) -> Tensor:
     """
     codes = x.float().to(torch.float8_e8m0fnu)
     if not torch.equal(torch.nan_to_num(codes.float()), torch.nan_to_num(x.float())):
-        raise ValueError("E8M0 holds powers of two from 2^-127 to 2^127 only; round the scales with ceil_pow2_scale first")
+        raise ValueError(
+            "E8M0 holds powers of two from 2^-127 to 2^127 only; round the scales with ceil_pow2_scale first"
+        )
     return codes
 
 
@@ -110,7 +114,7 @@ def _by_group(x: Tensor, group: int, quantise: Callable[[Tensor], Tensor]) -> Te
     columns = x.shape[-1]
     whole = columns - columns % group
     if whole == columns:
-        return quantise(x.unflatten(-1, (-1, group))).flatten(-2)
+        return quantise(x.reshape(*x.shape[:-1], columns // group, group)).flatten(-2)
     parts = [_by_group(x[..., :whole], group, quantise)] if whole else []
     return torch.cat((*parts, quantise(x[..., whole:])), dim=-1)
 

@@ -78,10 +78,12 @@ class PackedWeight:
 
 
 def quantise_fp4(weight: Tensor) -> PackedWeight:
-    """E2M1 codes with one power-of-two scale per 32 columns of a row; QuantError when K % 32 or a value is not finite."""
+    """E2M1 codes with one power-of-two scale per 32 columns of a row; QuantError on K % 32 or values not finite."""
     rows, columns = weight.shape
     if columns % FP4_GROUP:
-        raise QuantError(f"a weight with {columns} columns has no FP4 form; its columns must be a multiple of {FP4_GROUP}")
+        raise QuantError(
+            f"a weight with {columns} columns has no FP4 form; its columns must be a multiple of {FP4_GROUP}"
+        )
     groups = _finite(weight).view(rows, columns // FP4_GROUP, FP4_GROUP)
     amax = groups.abs().amax(-1, keepdim=True).clamp_min_(E2M1_MAX * _SMALLEST_NORMAL)
     scale = ceil_pow2_scale(amax, E2M1_RECIPROCAL)
@@ -90,14 +92,16 @@ def quantise_fp4(weight: Tensor) -> PackedWeight:
 
 
 def quantise_fp8(weight: Tensor) -> PackedWeight:
-    """E4M3 codes with one power-of-two scale per 128x128 block, smaller at the edges; QuantError on values not finite."""
+    """E4M3 codes with one power-of-two scale per 128x128 block, less at the edges; QuantError on values not finite."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(_finite(weight), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.view(-(-rows // FP8_BLOCK), FP8_BLOCK, -(-columns // FP8_BLOCK), FP8_BLOCK)
     amax = blocks.abs().amax((1, 3)).clamp_min_(E4M3_MAX * _SMALLEST_NORMAL)
     scale = ceil_pow2_scale(amax, E4M3_RECIPROCAL)
     codes = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return PackedWeight("fp8", codes.view(padded.shape)[:rows, :columns].contiguous(), float_to_e8m0(scale), (rows, columns))
+    return PackedWeight(
+        "fp8", codes.view(padded.shape)[:rows, :columns].contiguous(), float_to_e8m0(scale), (rows, columns)
+    )
 
 
 def fp4_to_fp8(weight: PackedWeight) -> PackedWeight:
@@ -121,8 +125,8 @@ def fp4_to_fp8(weight: PackedWeight) -> PackedWeight:
     if len(lost):
         row, column = lost[0].tolist()
         raise QuantError(
-            f"FP4 to FP8 would change the value at row {row}, column {column}: the scales of its 128x128 block differ too "
-            "much for E4M3; keep these experts in FP4"
+            f"FP4 to FP8 would change the value at row {row}, column {column}: the scales of its 128x128 block differ "
+            "too much for E4M3; keep these experts in FP4"
         )
     return out
 
