@@ -1,0 +1,32 @@
+"""The text room: token ids <-> text, messages -> prompt, generated text -> reply. It imports no other room."""
+
+from .chat import ChatError, Prompt, encode_fim, encode_messages
+from .prompts import PromptTextError, PromptTexts, Rules, own_prompt_texts, read_prompt_texts
+from .stops import StopStrings
+from .stream import Content, Event, OutputParser, Reasoning, Reply, ToolCall, ToolCallArguments, ToolCallStart
+from .tokenizer import IncrementalDecoder, Tokenizer, TokenizerError, train_tokenizer
+
+__all__ = [
+    "ChatError",
+    "Content",
+    "Event",
+    "IncrementalDecoder",
+    "OutputParser",
+    "Prompt",
+    "PromptTextError",
+    "PromptTexts",
+    "Reasoning",
+    "Reply",
+    "Rules",
+    "StopStrings",
+    "Tokenizer",
+    "TokenizerError",
+    "ToolCall",
+    "ToolCallArguments",
+    "ToolCallStart",
+    "encode_fim",
+    "encode_messages",
+    "own_prompt_texts",
+    "read_prompt_texts",
+    "train_tokenizer",
+]

@@ -1,0 +1,29 @@
+"""Options and fixtures that all rooms' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared", default=None, metavar="DIR", help="reference data (default: ../shared beside the clone)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by default")
+
+
+@pytest.fixture(scope="session")
+def shared_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder with golden vectors and reference data; skips the test where there is none."""
+    given = request.config.getoption("--shared")
+    folder = Path(given) if given else request.config.rootpath.parent / "shared"
+    if given and not folder.is_dir():
+        raise pytest.UsageError(f"--shared {given} is not a directory")
+    if not folder.is_dir():
+        pytest.skip("needs the reference data; give --shared DIR")
+    return folder
