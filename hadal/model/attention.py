@@ -99,19 +99,22 @@ class Attention(nn.Module):
         kv_TD = self.window_kv(x_TD, rope_TR)
         index = self._index(x_TD, qr_TQ, rope_TR, batch, states, trace)
         entries = self._entries(x_TD, batch, states)
+        # split, not slices: its gradient is one concatenation, whatever the number of documents
+        lengths = [span.length for span in batch.spans]
+        queries, windows = q_THD.split(lengths), kv_TD.split(lengths)
+        index_q, index_w = (index.q_THD.split(lengths), index.weight_TH.split(lengths)) if index else ((), ())
         parts = []
         for i, span in enumerate(batch.spans):
-            rows = slice(span.row, span.row + span.length)
             query = None
             if index is not None and not (trace is not None and trace.dense and trace.indexer_loss is None):
                 topk = index.keys[i].shape[0] if trace is not None and trace.dense else index.topk
-                query = IndexQuery(index.q_THD[rows], index.weight_TH[rows], index.keys[i], topk)
-            window, history = self._window(kv_TD[rows], span, states[i])
+                query = IndexQuery(index_q[i], index_w[i], index.keys[i], topk)
+            window, history = self._window(windows[i], span, states[i])
             keys = Attended(
                 window, entries[i] if entries else None, span.start, history, self._config.sliding_window,
                 self._layer.ratio, query,
             )  # fmt: skip
-            parts.append(self.attend(q_THD[rows], keys, trace.indexer_loss if trace else None))
+            parts.append(self.attend(queries[i], keys, trace.indexer_loss if trace else None))
         o_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.project_out(o_THD, rope_TR)
 

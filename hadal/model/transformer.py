@@ -38,15 +38,26 @@ class InputError(ValueError):
 class TrainingOutput:
     """What a training pass gives to the losses.
 
-    `logits_TV` row i predicts token i+1, `mtp_logits_TV` row i predicts token i+2. `routing` lists every MoE layer in
-    order, the MTP block last. `indexer_kl` is the mean over queries and CSA layers; `indexer_captured` is 1 - KL/KL(uniform).
+    The hidden states are those after the final norm, so that a loss may fuse the head's product: row i of `hidden_TD`
+    predicts token i+1, row i of `mtp_hidden_TD` token i+2. `routing` lists every MoE layer in order, the MTP block last. `indexer_kl` is the mean over queries and CSA layers; `indexer_captured` is 1 - KL/KL(uniform).
     """
 
-    logits_TV: Tensor
-    mtp_logits_TV: Tensor | None
+    hidden_TD: Tensor
+    mtp_hidden_TD: Tensor | None
+    head_VD: Tensor
     routing: list[Routing]
     indexer_kl: Tensor | None
     indexer_captured: float | None
+
+    @property
+    def logits_TV(self) -> Tensor:
+        """The main head's logits, FP32; built anew at each access."""
+        return F.linear(self.hidden_TD.float(), self.head_VD.float())
+
+    @property
+    def mtp_logits_TV(self) -> Tensor | None:
+        """The MTP head's logits, FP32; built anew at each access."""
+        return None if self.mtp_hidden_TD is None else F.linear(self.mtp_hidden_TD.float(), self.head_VD.float())
 
 
 class Model(nn.Module):
@@ -121,7 +132,7 @@ class Model(nn.Module):
 
     def head_logits(self, x_TND: Tensor) -> Tensor:
         """FP32 logits [T, V] of the main head."""
-        return self._logits(x_TND, self.hc_head, self.norm)
+        return self._head(self._hidden(x_TND, self.hc_head, self.norm))
 
     @torch.no_grad()
     def mtp_logits(self, x_TND: Tensor, next_ids_T: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
@@ -131,8 +142,8 @@ class Model(nn.Module):
         """
         spans = Batch.from_states(lengths, states, self.device).spans
         back = [type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans]
-        x, _ = self._mtp(x_TND, self._ids(next_ids_T), Batch(back, self.device), None)
-        return x
+        hidden, _ = self._mtp(x_TND, self._ids(next_ids_T), Batch(back, self.device), None)
+        return self._head(hidden)
 
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
@@ -158,8 +169,7 @@ class Model(nn.Module):
             x = stage.draft(x, ids, state.position, state.draft[i])
         last = self.draft[-1]
         hidden = last.hc_head(x)
-        normed = self.ops.rms_norm(hidden, last.norm, self.config.rms_norm_eps)
-        return hidden, self.ops.linear_f32(normed, self.head)
+        return hidden, self._head(self.ops.rms_norm(hidden, last.norm, self.config.rms_norm_eps))
 
     def training_forward(
         self, token_ids_T: Tensor, cu_seqlens: Sequence[int], *, dense: bool = False, indexer_loss: bool = True
@@ -179,7 +189,7 @@ class Model(nn.Module):
             mtp, mtp_routing = self._mtp(x, torch.roll(ids, -1), batch, trace)
             routing.append(mtp_routing)
         kl, captured = _indexer_result(trace.indexer_loss)
-        return TrainingOutput(self.head_logits(x), mtp, routing, kl, captured)
+        return TrainingOutput(self._hidden(x, self.hc_head, self.norm), mtp, self.head, routing, kl, captured)
 
     def _run(
         self, ids_T: Tensor, batch: Batch, states: Sequence[SequenceState | None], trace: TrainingTrace | None
@@ -199,17 +209,18 @@ class Model(nn.Module):
         block = self.draft[0]
         x = block.join(x_TND, F.embedding(next_ids_T, self.embed).to(self.numerics.dtype))
         x, routing = block(x, next_ids_T, batch, [s.state.draft[0] if s.state else None for s in batch.spans], trace)
-        return self._logits(x, block.hc_head, block.norm), routing
+        return self._hidden(x, block.hc_head, block.norm), routing
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         e = F.embedding(ids_T, self.embed).to(self.numerics.dtype)
         return e.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
 
-    def _logits(self, x_TND: Tensor, collapse: nn.Module, norm: Tensor) -> Tensor:
-        hidden = self.ops.rms_norm(collapse(x_TND), norm, self.config.rms_norm_eps)
-        if self.numerics.matmul is not None:
-            return F.linear(hidden.to(self.numerics.matmul), self.head.to(self.numerics.matmul)).float()
-        out: Tensor = self.ops.linear_f32(hidden, self.head)
+    def _hidden(self, x_TND: Tensor, collapse: nn.Module, norm: Tensor) -> Tensor:
+        out: Tensor = self.ops.rms_norm(collapse(x_TND), norm, self.config.rms_norm_eps)
+        return out
+
+    def _head(self, hidden_TD: Tensor) -> Tensor:
+        out: Tensor = self.ops.linear_f32(hidden_TD, self.head)
         return out
 
     def _ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:

@@ -11,14 +11,15 @@ from torch import Tensor
 from hadal.kernels.reference.dense import linear_f32
 
 
-def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """Near doubly stochastic [T, N, N] from raw logits: row softmax, column step, then (row, column) iterations-1 times."""
-    c = torch.softmax(logits, dim=-1) + eps
-    c = c / (c.sum(-2, keepdim=True) + eps)
+def sinkhorn(logits_TNN: Tensor, iterations: int, eps: float) -> Tensor:
+    """Near doubly stochastic [T, N, N]: row softmax, column step, then (row, column) iterations-1 times."""
+    # Tokens last: N is far too short to reduce over, T is what vectorises.
+    c = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1) + eps
+    c = c / (c.sum(0, keepdim=True) + eps)
     for _ in range(iterations - 1):
-        c = c / (c.sum(-1, keepdim=True) + eps)
-        c = c / (c.sum(-2, keepdim=True) + eps)
-    return c
+        c = c / (c.sum(1, keepdim=True) + eps)
+        c = c / (c.sum(0, keepdim=True) + eps)
+    return c.permute(2, 0, 1).contiguous()
 
 
 def stream_maps(
@@ -27,7 +28,7 @@ def stream_maps(
     """The three mixing maps of one site: pre [T, N], post [T, N], comb [T, N, N] (contract its first index)."""
     n = x_TND.shape[1]
     x = x_TND.flatten(1).float()
-    m = linear_f32(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    m = linear_f32(x, fn) * _inverse_rms(x, norm_eps)
     pre = torch.sigmoid(m[:, :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(m[:, n : 2 * n] * scale[1] + base[n : 2 * n])
     comb = sinkhorn((m[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n), iterations, eps)
@@ -37,16 +38,22 @@ def stream_maps(
 def collapse_map(x_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:
     """Weights [T, N] with which a head collapses the streams; no Sinkhorn."""
     x = x_TND.flatten(1).float()
-    m = linear_f32(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    m = linear_f32(x, fn) * _inverse_rms(x, norm_eps)
     return torch.sigmoid(m * scale + base) + eps
 
 
 def mix_in(x_TND: Tensor, pre_TN: Tensor) -> Tensor:
     """Read the sublayer's input [T, d] from the streams; FP32 sum, one cast."""
-    return (pre_TN.unsqueeze(-1) * x_TND.float()).sum(1).to(x_TND.dtype)
+    return torch.bmm(pre_TN.unsqueeze(1), x_TND.float()).squeeze(1).to(x_TND.dtype)
 
 
 def mix_out(x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
     """Write the sublayer's output back: X'[k] = post[k] y + sum_j comb[j, k] X[j]; FP32, one cast."""
-    mixed = torch.matmul(comb_TNN.transpose(1, 2), x_TND.float())
-    return (post_TN.unsqueeze(-1) * y_TD.float().unsqueeze(1) + mixed).to(x_TND.dtype)
+    mixed = torch.bmm(comb_TNN.transpose(1, 2), x_TND.float())
+    return torch.baddbmm(mixed, post_TN.unsqueeze(2), y_TD.float().unsqueeze(1)).to(x_TND.dtype)
+
+
+def _inverse_rms(x_TE: Tensor, eps: float) -> Tensor:
+    # The norm is one pass over the widest tensor of the model; squaring it first would be three.
+    norm = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square() / x_TE.shape[-1] + eps)
