@@ -26,9 +26,9 @@ from hadal.checkpoint.names import DTYPE_BYTES
 _MAX_HEADER = 100_000_000
 _TORCH = {
     "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _TAG = {dtype: tag for tag, dtype in _TORCH.items()}
 # The library sorts a file's tensors by this rank, then by name, so that wide types stay aligned.
@@ -85,11 +85,13 @@ def read_header(file: Path) -> Header:
         text = stream.read(length)
     try:
         raw = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} has a header that is not a JSON object; fetch the file again")
     metadata = raw.pop("__metadata__", None)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise CheckpointError(f"{file} has `__metadata__` that is not a JSON object; fetch the file again")
     entries = {name: _entry(file, name, value, 8 + length) for name, value in raw.items()}
     _check_extent(file, entries, 8 + length, size)
     return Header(file, entries, metadata)

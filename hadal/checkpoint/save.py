@@ -98,8 +98,10 @@ def write_official(
         inside = set(names)
         with FileWriter(path / file, [tensors[n] for n in names], metadata=metadata, sort=not keep_order) as writer:
             for spec in weights:
-                if spec.name in inside:
-                    _write(writer, spec, target.format(spec), value(spec), stored.get(spec.name))
+                if not inside.isdisjoint((spec.name, spec.scale_name)):  # shards may part a weight from its scale
+                    for part, tensor in _encode(spec, target.format(spec), value(spec), stored.get(spec.name)):
+                        if part in inside:
+                            writer.write(part, tensor)
         weight_map |= dict.fromkeys(names, file)
         total += writer.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -168,15 +170,14 @@ def _layout(
         yield _file_name(number, len(shards)), None, names, False
 
 
-def _write(writer: FileWriter, spec: TensorSpec, form: WeightFormat, weight: Weight, dtype: str | None) -> None:
+def _encode(spec: TensorSpec, form: WeightFormat, weight: Weight, dtype: str | None) -> list[tuple[str, Tensor]]:
+    """A weight as the tensors that store it."""
     if form == "bf16":
         assert dtype is not None
-        writer.write(spec.name, (weight.dense() if isinstance(weight, PackedWeight) else weight).to(_TORCH[dtype]))
-        return
+        return [(spec.name, (weight.dense() if isinstance(weight, PackedWeight) else weight).to(_TORCH[dtype]))]
     packed = pack(weight, form)
     codes = packed.codes.view(torch.int8) if form == "fp4" else packed.codes
-    writer.write(spec.name, codes)
-    writer.write(spec.scale_name, packed.scales)
+    return [(spec.name, codes), (spec.scale_name, packed.scales)]
 
 
 def pack(weight: Weight, form: WeightFormat) -> PackedWeight:

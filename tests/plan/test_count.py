@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hadal.checkpoint import tensor_table
+from hadal.config import PRESETS, preset
+from hadal.plan import count
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "kv", "state"),
+    [("flash", 284.33, 13.27, 3514.25, 15.42), ("pro", 1572.99, 48.85, 5031.4375, 23.27)],
+)
+def test_counts_equal_the_published_figures(name: str, total: float, active: float, kv: float, state: float) -> None:
+    counted = count(preset(name))
+    assert counted.parameters / 1e9 == pytest.approx(total, abs=0.01)
+    assert counted.active_parameters / 1e9 == pytest.approx(active, abs=0.005)
+    assert counted.kv_bytes_per_token == kv
+    assert counted.state_bytes / 1e6 == pytest.approx(state, abs=0.01)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_the_elements_of_the_tensor_list(name: str) -> None:
+    counted = count(preset(name))
+    trunk = draft = 0
+    for spec in tensor_table(preset(name), expert_format="bf16", dense_format="bf16"):
+        if spec.dtype != "I64":
+            if spec.name.startswith("mtp."):
+                draft += math.prod(spec.shape)
+            else:
+                trunk += math.prod(spec.shape)
+    assert (counted.parameters, counted.draft_parameters) == (trunk, draft)
