@@ -1,0 +1,281 @@
+"""The `hadal` command: verbs that load what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hadal.llm import LLM
+
+app = typer.Typer(
+    name="hadal",
+    help="DeepSeek-V4 from official files to a streaming answer. MODEL is a directory, a Hub repo id or `nano`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a Hub repo id or `nano` (embedded).")]
+Mode = Annotated[str, typer.Option(help="`fast`, or `faithful`: rounds exactly where the official code rounds.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu` or an accelerator's name.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
+MaxContext = Annotated[
+    int | None, typer.Option(help="Most tokens of a prompt and its answer; the model's own limit if left out.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _one_sentence_errors(verb: _F) -> _F:
+    """Errors that Hadal raises on purpose become one sentence and exit code 2; any other keeps its traceback."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(*args, **kwargs)
+        except ValueError as error:
+            if not type(error).__module__.startswith("hadal."):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return run  # type: ignore[return-value]
+
+
+@app.command()
+@_one_sentence_errors
+def serve(
+    model: Annotated[str, typer.Argument(help="A directory, a Hub repo id or `nano`.")] = "nano",
+    host: Annotated[
+        str, typer.Option(help="Address to bind; the default is reachable from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0 takes a free one.")] = 8000,
+    mode: Mode = "fast",
+    device: Device = "auto",
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that run at once; more wait.")] = 16,
+    max_context: MaxContext = None,
+) -> None:
+    """Serve a model over HTTP in the shape of DeepSeek's and OpenAI's chat API."""
+    import hadal.server
+
+    llm = _load(model, mode, device, max_context, max_concurrent)
+    hadal.server.run(llm, host=host, port=port)
+
+
+@app.command()
+@_one_sentence_errors
+def chat(
+    model: Annotated[str, typer.Argument(help="A directory, a Hub repo id or `nano`.")] = "nano",
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    think: Annotated[bool, typer.Option(help="Let the model reason before it answers.")] = True,
+    effort: Annotated[str | None, typer.Option(help="How hard to think: low, high or max.")] = None,
+    max_tokens: MaxTokens = 4096,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    mode: Mode = "fast",
+    device: Device = "auto",
+    max_context: MaxContext = None,
+) -> None:
+    """Talk to a model in the terminal; /exit or end of input leaves, Ctrl-C stops an answer."""
+    from rich.console import Console
+
+    from hadal.engine import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    console = Console(highlight=False, soft_wrap=True)
+    llm = _load(model, mode, device, max_context)
+    console.print(f"[dim]{llm.name} on {llm.engine.device}; /exit leaves[/dim]")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while (line := _ask(console)) is not None:
+        messages.append({"role": "user", "content": line})
+        stream = llm.stream_chat(messages, params, thinking=think, reasoning_effort=effort)
+        messages.append(_show(console, stream))
+
+
+def _ask(console: Console) -> str | None:
+    """The next non-empty line, or None to leave."""
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if line == "/exit":
+            return None
+        if line:
+            return line
+
+
+def _show(console: Console, stream: Any) -> dict[str, Any]:
+    """Print an answer as it comes and return it as the assistant's message."""
+    from rich.text import Text
+
+    said: dict[str, Any] = {"role": "assistant", "content": ""}
+    reasoning, tokens, start, first = "", 0, time.perf_counter(), None
+    try:
+        for delta in stream:
+            first = first or time.perf_counter()
+            tokens += len(delta.token_ids)
+            if delta.reasoning:
+                console.print(Text(delta.reasoning, "dim"), end="")
+                reasoning += delta.reasoning
+            if delta.text:
+                console.print(Text("\n\n" if reasoning and not said["content"] else ""), end="")
+                console.print(Text(delta.text), end="")
+                said["content"] += delta.text
+            if delta.finish_reason == "error":
+                console.print(f"\n[red]{delta.error}[/red]", end="")
+    except KeyboardInterrupt:
+        stream.close()
+    end = time.perf_counter()
+    speed = (tokens - 1) / (end - (first or end)) if tokens > 1 and first and end > first else 0.0
+    console.print(f"\n[dim]{tokens} tokens, {speed:.1f} tokens/s, first after {(first or end) - start:.2f} s[/dim]")
+    return said | ({"reasoning_content": reasoning} if reasoning else {})
+
+
+@app.command()
+@_one_sentence_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, as it is (no chat format).")],
+    model: Model = "nano",
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End in front of this text; may be repeated.")] = None,
+    mode: Mode = "fast",
+    device: Device = "auto",
+    max_context: MaxContext = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    from hadal.engine import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+    llm = _load(model, mode, device, max_context)
+    if as_json:
+        output = llm.generate(prompt, params)[0]
+        answer = output.outputs[0]
+        _print_json(
+            {
+                "prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error,
+                "prompt_token_ids": output.prompt_token_ids, "token_ids": answer.token_ids,
+            }
+        )  # fmt: skip
+        raise typer.Exit(1 if answer.error else 0)
+    for delta in llm.stream(prompt, params):
+        print(delta.text, end="", flush=True)
+        if delta.error:
+            print(f"\nerror: {delta.error}", file=sys.stderr)
+            raise typer.Exit(1)
+    print()
+
+
+@app.command()
+@_one_sentence_errors
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model, or a bare config.json or index file.")] = "nano",
+    as_json: AsJson = False,
+) -> None:
+    """Describe a checkpoint from its headers alone: layers, formats, parameters, bytes, KV per token."""
+    from hadal.checkpoint import inspect as describe
+
+    facts = describe(path).to_dict()
+    if as_json:
+        return _print_json(facts)
+    _print_table(None, ["fact", "value"], [[_words(k), _words(v)] for k, v in facts.items() if v is not None])
+
+
+@app.command()
+@_one_sentence_errors
+def convert(
+    src: Annotated[str, typer.Argument(help="Directory with official or Hugging Face tensor names.")],
+    dst: Annotated[str, typer.Argument(help="Directory to write.")],
+    quantize: Annotated[
+        str | None, typer.Option(help="`fp4`: FP4 experts and FP8 dense matrices; `fp8`: FP8 both.")
+    ] = None,
+    names: Annotated[str, typer.Option(help="`official`, or `hf`: dequantised, for transformers.")] = "official",
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a checkpoint in the official layout, or for transformers."""
+    from hadal.checkpoint import convert as rewrite
+
+    rewrite(src, dst, quantize, names=names)  # type: ignore[arg-type]  # convert itself refuses other words
+    if as_json:
+        return _print_json({"src": src, "dst": dst, "quantize": quantize, "names": names})
+    print(f"wrote {dst}")
+
+
+@app.command()
+@_one_sentence_errors
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine offers: versions, devices, threads, free memory."""
+    import os
+    import platform
+
+    import torch
+
+    from hadal import __version__
+    from hadal.device import available, memory_available, resolve
+
+    facts: dict[str, Any] = {"hadal": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    facts |= {"system": f"{platform.system()} {platform.machine()}", "cpu_count": os.cpu_count()}
+    facts |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    facts |= {"devices": list(available())}
+    facts |= {f"free_memory_{name}": memory_available(resolve(name)) for name in available()}
+    if as_json:
+        return _print_json(facts)
+    _print_table(None, ["fact", "value"], [[_words(k), _words(v)] for k, v in facts.items()])
+
+
+def _load(model: str, mode: str, device: str, max_context: int | None, max_concurrent: int = 1) -> LLM:
+    from hadal.llm import LLM
+
+    return LLM(model, mode=mode, device=device, max_context=max_context, max_concurrent=max_concurrent)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _print_table(title: str | None, columns: list[str], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    Console().print(table)
+
+
+def _words(value: Any) -> str:
+    """A fact for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{_words(v)} {k}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, (int, float)):
+        return f"{value:,}"
+    return str(value).replace("_", " ")
+
+
+def main() -> None:
+    """Entry point of the `hadal` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

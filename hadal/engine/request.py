@@ -1,0 +1,125 @@
+"""What a caller asks of the engine (SamplingParams) and how far it has come (Request)."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message names the cause and the remedy, `param` the offending parameter."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to end, in vLLM's names; RequestError for a value out of range.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `max_tokens` None means up to the end
+    of the context. `seed` None draws a fresh one for each request. `logprobs` N asks for the chosen token and the N
+    likeliest. `stop` strings end the text in front of them; they are matched where text exists, above the engine.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | list[str] | tuple[str, ...] | None = ()
+    stop_token_ids: list[int] | tuple[int, ...] | None = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _check("n", self.n, _is_int(self.n) and 1 <= self.n <= 128, "an integer from 1 to 128")
+        _check(
+            "max_tokens",
+            self.max_tokens,
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "a positive integer or None for the whole context",
+        )
+        _check("temperature", self.temperature, _is_real(self.temperature) and self.temperature >= 0, "a number >= 0")
+        _check("top_p", self.top_p, _is_real(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        _check("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= 0, "0 (off) or a positive integer")
+        in_range = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64)
+        _check("seed", self.seed, in_range, "a 64-bit integer")
+        stops_ok = len(stop) <= MAX_STOPS and all(isinstance(s, str) and s for s in stop)
+        _check("stop", self.stop, stops_ok, f"at most {MAX_STOPS} non-empty strings")
+        ids_ok = all(_is_int(i) and i >= 0 for i in self.stop_token_ids or ())
+        _check("stop_token_ids", self.stop_token_ids, ids_ok, "token ids >= 0")
+        count_ok = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_TOP_LOGPROBS)
+        _check("logprobs", self.logprobs, count_ok, f"None or an integer from 0 to {MAX_TOP_LOGPROBS}")
+        _check("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
+
+
+def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise RequestError(f"`{name}` is {value!r}; it must be {wanted}", name)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of one token before temperature and filters, and its rank (1 = likeliest)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence in the engine. `stream` tells apart the samples of one prompt that share a seed."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    limit: int  # tokens that may be generated: max_tokens, cut at the end of the context
+    stream: int = 0
+    seed: int = field(init=False)
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    state: Any = None  # the model's SequenceState; set by the engine while the request runs
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further token will come."""
+        return self.finish_reason is not None
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model has seen."""
+        return 0 if self.state is None else int(self.state.position)
+
+    def pending(self, most: int) -> list[int]:
+        """The next tokens to feed, at most `most`: the rest of the prompt, or the last sampled token."""
+        done, prompt = self.computed, len(self.prompt_ids)
+        if done < prompt:
+            return list(self.prompt_ids[done : done + most])
+        return self.output_ids[done - prompt : done - prompt + most]

@@ -1,0 +1,391 @@
+"""`hadal.LLM`: the composition root that joins checkpoint, text and engine, in vLLM's names.
+
+A Generation is one answer under way: it turns the engine's tokens into text, reasoning and tool calls as they come,
+so finished outputs, the terminal's iterator and the server's stream are all made of the same deltas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from hadal import device as devices
+from hadal.checkpoint import load_model, locate_model
+from hadal.config import ModelConfig
+from hadal.engine import Engine, Logprob, Request, RequestError, SamplingParams
+from hadal.text import (
+    Content,
+    IncrementalDecoder,
+    OutputParser,
+    Prompt,
+    PromptTexts,
+    Reasoning,
+    StopStrings,
+    Tokenizer,
+    TokenizerError,
+    ToolCallArguments,
+    ToolCallStart,
+    encode_messages,
+    own_prompt_texts,
+    read_prompt_texts,
+)
+from hadal.text.tokens import THINK_CLOSE, USER
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+PromptLike = str | list[int]
+Messages = Sequence[Mapping[str, Any]]
+Sampling = SamplingParams | Sequence[SamplingParams] | None
+
+_OFFICIAL_USER_ID = 128803
+
+
+class ChatOptions(TypedDict, total=False):
+    """How a conversation is put to the model; `reasoning_effort` None is the default of the model's prompt rules."""
+
+    thinking: bool
+    reasoning_effort: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function call that the model made; `arguments` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """OpenAI's shape, which a later request can carry back."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to an answer; the last one has a finish reason. `logprobs` has one entry per token."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, Logprob], ...] = ()
+    reasons: bool = False  # whether the tokens belong to the reasoning
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. `text` is the content alone; `reasoning` is None when the model was not asked to think.
+
+    `logprobs` holds per token a dict of id -> Logprob, the chosen token first; `token_ids` include the token that ended
+    the answer. `error` explains finish reason "error".
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    reasoning: str | None
+    tool_calls: list[ToolCall]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt, `n` of them; `prompt` is None when token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class Generation:
+    """One answer under way: the engine's request and the text made of it so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, prompt: str | None, chat: Prompt | None) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.reasoning_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._thinks = self._reasons = chat is not None and chat.end == "thinking"
+        self._parser = None if chat is None else OutputParser(thinking=self._thinks)
+        self._stops = StopStrings(request.params.stop or ())
+        self._think_close = tokenizer.token_id(THINK_CLOSE)
+        self._seen = 0
+        self._text = ""
+        self._reasoning = ""
+        self._tool_calls: list[ToolCall] = []
+
+    def advance(self) -> Delta:
+        """Turn the tokens that the engine added since the last call into a delta."""
+        request = self.request
+        ids = tuple(request.output_ids[self._seen :])
+        logprobs = tuple(self._named(entry) for entry in request.logprobs[self._seen :])
+        self._seen += len(ids)
+        reasons = self._reasons
+        self.reasoning_tokens += len(ids) * reasons
+        self._reasons = reasons and self._think_close not in ids
+        # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
+        shown = ids[:-1] if request.finish_reason == "stop" else ids
+        piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
+        if request.finished:
+            piece += self._decoder.finish()
+        reasoning, content, calls = self._parse(piece, request.finished)
+        text = self._stops.feed(content)
+        if request.finished:
+            text += self._stops.finish()
+        self._text += text
+        self._reasoning += reasoning
+        self._tool_calls += calls
+        self.finish_reason = "stop" if self._stops.matched is not None else request.finish_reason
+        if self.finish_reason == "stop" and self._tool_calls:
+            self.finish_reason = "tool_calls"
+        return Delta(text, reasoning, tuple(calls), ids, logprobs, reasons, self.finish_reason, request.error)
+
+    def output(self) -> CompletionOutput:
+        """The answer so far."""
+        request = self.request
+        logprobs = None if request.params.logprobs is None else [self._named(entry) for entry in request.logprobs]
+        return CompletionOutput(
+            index=request.stream,
+            text=self._text,
+            token_ids=list(request.output_ids),
+            reasoning=self._reasoning if self._thinks or self._reasoning else None,
+            tool_calls=list(self._tool_calls),
+            logprobs=logprobs,
+            finish_reason=self.finish_reason,
+            error=request.error,
+        )
+
+    def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
+        if self._parser is None:
+            return "", piece, []
+        events = self._parser.feed(piece) + (self._parser.finish()[0] if last else [])
+        reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
+        content = "".join(e.text for e in events if isinstance(e, Content))
+        names = {e.index: e.name for e in events if isinstance(e, ToolCallStart)}  # calls come whole, see OutputParser
+        arguments = {
+            i: "".join(e.text for e in events if isinstance(e, ToolCallArguments) and e.index == i) for i in names
+        }
+        return reasoning, content, [ToolCall(f"call_{uuid.uuid4().hex}", names[i], arguments[i]) for i in names]
+
+    def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        return {i: dataclasses.replace(p, decoded_token=self._tokenizer.decode([i])) for i, p in entry.items()}
+
+
+class LLM:
+    """A model ready to answer; not thread-safe: one thread drives it.
+
+    `model` is a directory in the official layout, a Hub repo id or "nano", the embedded one. `mode` "fast" skips the
+    official fake-quantisation; "faithful" rounds where the official code rounds. `max_context` None is the model's own.
+    Raises a ValueError of the room concerned for a model, device or option that cannot be used.
+    """
+
+    _read_texts: Callable[[], PromptTexts]
+
+    def __init__(
+        self,
+        model: str | Path = "nano",
+        *,
+        mode: str = "fast",
+        device: str = "auto",
+        max_concurrent: int = 16,
+        token_budget: int = 512,
+        max_context: int | None = None,
+    ) -> None:
+        if mode not in ("fast", "faithful"):
+            raise RequestError(f"unknown mode {mode!r}; choose fast or faithful", "mode")
+        where = devices.resolve(device)
+        directory = locate_model(model)
+        tokenizer = Tokenizer.from_directory(directory)
+        faithful = mode == "faithful"
+        loaded = load_model(directory, device=where, dtype="bfloat16" if faithful else "auto", fake_quant=faithful)
+        if tokenizer.eos_id != loaded.config.eos_token_id:
+            raise TokenizerError(
+                f"the tokenizer of {directory} ends answers with id {tokenizer.eos_id} and the model with "
+                f"{loaded.config.eos_token_id}; take both from the same release"
+            )
+        engine = Engine(
+            loaded,
+            device=where,
+            max_concurrent=max_concurrent,
+            token_budget=token_budget,
+            max_context=max_context,
+            vocabulary=tokenizer.vocab_size,
+        )
+        self._compose(engine, tokenizer, name=Path(model).resolve().name)
+        self._read_texts = lambda: _prompt_texts(directory, loaded.config, tokenizer)
+
+    @classmethod
+    def from_parts(cls, engine: Engine, tokenizer: Tokenizer, texts: PromptTexts, *, name: str) -> LLM:
+        """An LLM around an engine that exists already, for instance with a model in training."""
+        llm = cls.__new__(cls)
+        llm._compose(engine, tokenizer, name=name)
+        llm._read_texts = lambda: texts
+        return llm
+
+    def _compose(self, engine: Engine, tokenizer: Tokenizer, *, name: str) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.name = name
+        self._live: dict[Request, Generation] = {}
+
+    @cached_property
+    def _texts(self) -> PromptTexts:
+        # Read when a conversation needs them: a base model without the vendor's sentences can still continue text.
+        return self._read_texts()
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """The reasoning efforts that this model's prompt rules know."""
+        return tuple(self._texts.efforts)
+
+    def generate(
+        self, prompts: PromptLike | Sequence[PromptLike], sampling_params: Sampling = None
+    ) -> list[RequestOutput]:
+        """Continue texts or token ids, all together; one RequestOutput per prompt, in order.
+
+        A text gets the begin-of-sentence token in front unless it starts with it; token ids are taken as they are.
+        Raises RequestError for a prompt or parameter that cannot be served, before anything is computed.
+        """
+        many = _as_list(prompts)
+        params = _spread(sampling_params, len(many))
+        return self._run([self._prepare_prompt(prompt, p) for prompt, p in zip(many, params, strict=True)])
+
+    def chat(
+        self, messages: Messages | Sequence[Messages], sampling_params: Sampling = None, **options: Unpack[ChatOptions]
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, in OpenAI's message form; raises ChatError or RequestError."""
+        many: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        params = _spread(sampling_params, len(many))
+        return self._run([self.prepare_chat(m, p, **options) for m, p in zip(many, params, strict=True)])
+
+    def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """As `generate` for one prompt and one answer, delta by delta; closing the iterator ends the request."""
+        return self._follow(self._prepare_prompt(prompt, sampling_params or SamplingParams()))
+
+    def stream_chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None, **options: Unpack[ChatOptions]
+    ) -> Iterator[Delta]:
+        """As `chat` for one conversation and one answer, delta by delta; closing the iterator ends the request."""
+        return self._follow(self.prepare_chat(messages, sampling_params or SamplingParams(), **options))
+
+    def prepare_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams,
+        *,
+        thinking: bool = True,
+        reasoning_effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Generation]:
+        """The `n` checked answers-to-be, not queued yet; changes nothing here, so any thread may call it."""
+        prompt = encode_messages(messages, self._texts, thinking=thinking, effort=reasoning_effort, tools=tools)
+        if prompt.end == "closed":
+            raise RequestError("the last message leaves nothing to answer; end with a user or tool message", "messages")
+        return self._prepare(self.tokenizer.encode_pieces(prompt.pieces), params, prompt.text, prompt)
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a prepared answer."""
+        self._live[generation.request] = generation
+        self.engine.submit(generation.request)
+
+    def abort(self, generation: Generation) -> None:
+        """Drop an answer; nothing happens if it has ended."""
+        if self._live.pop(generation.request, None) is not None:
+            self.engine.abort(generation.request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any answer is under way."""
+        return self.engine.busy
+
+    def step(self) -> list[tuple[Generation, Delta]]:
+        """One step of the engine, and what it added to each answer it touched."""
+        advanced = []
+        for request in self.engine.step():
+            generation = self._live[request]
+            delta = generation.advance()
+            if delta.finish_reason is not None:
+                self.engine.abort(request)  # a stop string ends a request that the engine would continue
+                del self._live[request]
+            advanced.append((generation, delta))
+        return advanced
+
+    def _prepare_prompt(self, prompt: PromptLike, params: SamplingParams) -> list[Generation]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            if ids[:1] != [self.tokenizer.bos_id]:
+                ids = [self.tokenizer.bos_id, *ids]
+            return self._prepare(ids, params, prompt, None)
+        return self._prepare(prompt, params, None, None)
+
+    def _prepare(
+        self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None
+    ) -> list[Generation]:
+        requests = [self.engine.prepare(ids, params, stream=i) for i in range(params.n)]
+        return [Generation(request, self.tokenizer, text, chat) for request in requests]
+
+    def _run(self, groups: Sequence[Sequence[Generation]]) -> list[RequestOutput]:
+        generations = [generation for group in groups for generation in group]
+        for generation in generations:
+            self.submit(generation)
+        try:
+            while any(generation.finish_reason is None for generation in generations):
+                self.step()
+        finally:
+            for generation in generations:
+                self.abort(generation)
+        return [
+            RequestOutput(
+                request_id=str(group[0].request.id),
+                prompt=group[0].prompt,
+                prompt_token_ids=list(group[0].request.prompt_ids),
+                outputs=[generation.output() for generation in group],
+            )
+            for group in groups
+        ]
+
+    def _follow(self, group: list[Generation]) -> Iterator[Delta]:
+        if len(group) != 1:
+            raise RequestError("`n` is more than 1; a stream carries a single answer", "n")
+        return self._deltas(group[0])
+
+    def _deltas(self, generation: Generation) -> Iterator[Delta]:
+        self.submit(generation)
+        try:
+            while generation.finish_reason is None:
+                yield from (delta for owner, delta in self.step() if owner is generation)
+        finally:
+            self.abort(generation)
+
+
+def _prompt_texts(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> PromptTexts:
+    """A model with the vendor's vocabulary was taught the vendor's sentences; models trained here know our own."""
+    if tokenizer.token_id(USER) != _OFFICIAL_USER_ID:
+        return own_prompt_texts()
+    return read_prompt_texts(directory, "0731" if config.draft == "dspark" else "preview")
+
+
+def _as_list(prompts: Any) -> list[PromptLike]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def _spread(params: Sampling, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each")
+    return list(params)

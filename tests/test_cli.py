@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hadal.cli import app
+from tests.fakes import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+def run(*args: str, input: str | None = None) -> Result:
+    return CliRunner().invoke(app, args, input=input)
+
+
+def run_json(*args: str) -> Any:
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_help_answers_at_once_and_imports_no_torch() -> None:
+    code = "import sys; from hadal.cli import app; print('torch' in sys.modules); app(['--help'])"
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    assert made.stdout.startswith("False\n") and "serve" in made.stdout
+    assert best < 0.5
+
+
+def test_importing_hadal_does_not_import_torch() -> None:
+    code = "import sys, hadal; print('torch' in sys.modules, hadal.SamplingParams.__name__, hadal.quant.__name__)"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout == "False SamplingParams hadal.quant\n"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        import hadal
+
+        hadal.nonsense  # noqa: B018
+
+
+def test_verbs_are_exactly_those_that_work() -> None:
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    assert names == {"serve", "chat", "generate", "inspect", "convert", "doctor"}
+
+
+def test_generate_prints_text_or_json(model: str) -> None:
+    options = ("the cat", "--model", model, "--max-tokens", "5", "--temperature", "0")
+    made = run_json("generate", *options)
+    assert len(made["token_ids"]) <= 5 and made["finish_reason"] in ("length", "stop")
+    plain = run("generate", *options)
+    assert plain.exit_code == 0 and plain.stdout == made["text"] + "\n"
+
+
+def test_chat_keeps_the_conversation_and_tells_the_speed(model: str) -> None:
+    made = run("chat", model, "--max-tokens", "4", "--temperature", "0", input="hello\n\nagain\n/exit\n")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.count("tokens/s") == 2
+
+
+def test_chat_ends_with_its_input(model: str) -> None:
+    assert run("chat", model, input="").exit_code == 0
+
+
+def test_inspect_describes_a_directory(model: str) -> None:
+    facts = run_json("inspect", model)
+    assert facts["layers"] == {"swa": 2, "csa": 1, "hca": 1} and facts["draft"] == "mtp"
+    shown = run("inspect", model)
+    assert shown.exit_code == 0 and "2 swa, 1 csa, 1 hca" in shown.stdout
+
+
+def test_convert_writes_a_model_that_generates(model: str, tmp_path: Path) -> None:
+    made = run_json("convert", model, str(tmp_path / "out"), "--quantize", "fp8")
+    assert made["dst"] == str(tmp_path / "out")
+    assert run_json("inspect", made["dst"])["expert_format"] == "fp8"
+    assert run_json("generate", "the cat", "--model", made["dst"], "--max-tokens", "2")["finish_reason"]
+
+
+def test_doctor_names_versions_and_memory() -> None:
+    facts = run_json("doctor")
+    assert "cpu" in facts["devices"] and facts["free_memory_cpu"] > 0
+    assert "torch" in run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("generate", "x", "--model", "/no/such/place"), "/no/such/place"),
+        (("generate", "x", "--temperature", "-1"), "`temperature` is -1.0"),
+        (("generate", "x", "--device", "abacus"), "unknown device 'abacus'"),
+        (("chat", "--mode", "exact"), "unknown mode 'exact'"),
+        (("inspect", "/no/such/place"), "/no/such/place"),
+        (("convert", "/no/such/place", "/tmp/never"), "/no/such/place"),
+    ],
+)
+def test_errors_are_one_sentence_with_exit_code_2(args: tuple[str, ...], words: str) -> None:
+    made = run(*args)
+    assert made.exit_code == 2
+    assert made.stderr.startswith("error: ") and words in made.stderr and made.stderr.count("\n") == 1
+    assert made.stdout == ""
+
+
+def test_serve_says_where_it_listens_and_refuses_a_taken_port(model: str) -> None:
+    code = "from hadal.cli import app; app()"
+    command = [sys.executable, "-c", code, "serve", model, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("Hadal serves tiny at http://127.0.0.1:") and line.endswith("/v1\n")
+        port = line.rsplit(":", 1)[1].removesuffix("/v1\n")
+        made = run("serve", model, "--port", port)
+        assert made.exit_code == 2 and f"cannot listen on 127.0.0.1:{port}" in made.stderr
+    finally:
+        server.terminate()
+        assert server.wait(timeout=30) in (0, -15)
