@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -28,8 +29,12 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a Hub re
 Mode = Annotated[str, typer.Option(help="`fast`, or `faithful`: rounds exactly where the official code rounds.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu` or an accelerator's name.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that together reach this probability.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 always takes the likeliest token; the model's own if left out.")
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens that together reach this probability.")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of a prompt and its answer; the model's own limit if left out.")
@@ -83,8 +88,8 @@ def chat(
     think: Annotated[bool, typer.Option(help="Let the model reason before it answers.")] = True,
     effort: Annotated[str | None, typer.Option(help="How hard to think: low, high or max.")] = None,
     max_tokens: MaxTokens = 4096,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     seed: Seed = None,
     mode: Mode = "fast",
     device: Device = "auto",
@@ -93,11 +98,9 @@ def chat(
     """Talk to a model in the terminal; /exit or end of input leaves, Ctrl-C stops an answer."""
     from rich.console import Console
 
-    from hadal.engine import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     console = Console(highlight=False, soft_wrap=True)
     llm = _load(model, mode, device, max_context)
+    params = llm.default_params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     console.print(f"[dim]{llm.name} on {llm.engine.device}; /exit leaves[/dim]")
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask(console)) is not None:
@@ -152,8 +155,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue, as it is (no chat format).")],
     model: Model = "nano",
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End in front of this text; may be repeated.")] = None,
     mode: Mode = "fast",
@@ -162,10 +165,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    from hadal.engine import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
     llm = _load(model, mode, device, max_context)
+    params = llm.default_params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
     if as_json:
         output = llm.generate(prompt, params)[0]
         answer = output.outputs[0]
@@ -217,6 +218,41 @@ def convert(
     if as_json:
         return _print_json({"src": src, "dst": dst, "quantize": quantize, "names": names})
     print(f"wrote {dst}")
+
+
+@app.command()
+@_one_sentence_errors
+def train(
+    out: Annotated[Path, typer.Argument(help="Model directory to write; working files go to OUT.run.")],
+    corpus: Annotated[Path, typer.Option(help="Folder of .xz text files.")] = Path("corpus"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Wall clock of the training loop; 55 if --steps is not given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps instead of minutes.")] = None,
+    scale: Annotated[int, typer.Option(help="1 is nano; 2, 3 ... are wider and deeper.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    packs: Annotated[int, typer.Option(help="Packs of 1024 tokens in a step.")] = 4,
+    seed: Annotated[int, typer.Option(help="Same seed and steps, same model.")] = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option(help="Continue the run in OUT.run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pre-train a small model with every V4 part and write it quantised, in the official layout."""
+    import dataclasses
+
+    from hadal.train.loop import LoopConfig
+    from hadal.train.pretrain import PretrainConfig, run
+
+    minutes = 55 if minutes is None and steps is None else minutes
+    loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, packs_per_micro_batch=packs, evaluations=5)
+    config = PretrainConfig(corpus=corpus, out=out, loop=loop, scale=scale, device=device, seed=seed, resume=resume)
+    report = dataclasses.asdict(run(config, lambda line: print(line, file=sys.stderr, flush=True)))
+    if as_json:
+        return _print_json(report)
+    losses = [[source, f"{loss:.3f}"] for source, loss in report["held_out"].items()]
+    _print_table(
+        f"{report['steps']} steps, {report['tokens']:,} tokens -> {out}", ["held out", "nats per token"], losses
+    )
 
 
 @app.command()

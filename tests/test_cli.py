@@ -52,7 +52,7 @@ def test_importing_hadal_does_not_import_torch() -> None:
 
 def test_verbs_are_exactly_those_that_work() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"serve", "chat", "generate", "inspect", "convert", "doctor"}
+    assert names == {"serve", "chat", "generate", "inspect", "convert", "train", "doctor"}
 
 
 def test_generate_prints_text_or_json(model: str) -> None:
@@ -61,6 +61,11 @@ def test_generate_prints_text_or_json(model: str) -> None:
     assert len(made["token_ids"]) <= 5 and made["finish_reason"] in ("length", "stop")
     plain = run("generate", *options)
     assert plain.exit_code == 0 and plain.stdout == made["text"] + "\n"
+
+
+def test_a_parameter_out_of_range_is_named(model: str) -> None:
+    made = run("generate", "x", "--model", model, "--temperature", "-1")
+    assert made.exit_code == 2 and made.stderr.startswith("error: `temperature` is -1.0")
 
 
 def test_chat_keeps_the_conversation_and_tells_the_speed(model: str) -> None:
@@ -87,6 +92,25 @@ def test_convert_writes_a_model_that_generates(model: str, tmp_path: Path) -> No
     assert run_json("generate", "the cat", "--model", made["dst"], "--max-tokens", "2")["finish_reason"]
 
 
+def test_train_runs_the_pretraining_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hadal.train import pretrain
+    from hadal.train.loop import Report
+
+    seen: list[Any] = []
+
+    def run_recorded(config: Any, say: Any) -> Report:
+        say("a line of progress")
+        seen.append(config)
+        return Report(7, 1000, 1.0, {"stories": 2.5}, {"stories": 0.1})
+
+    monkeypatch.setattr(pretrain, "run", run_recorded)
+    made = run_json("train", "there", "--steps", "7", "--scale", "2", "--resume")
+    assert made["steps"] == 7 and made["held_out"] == {"stories": 2.5}
+    assert (seen[0].out, seen[0].loop.steps, seen[0].loop.minutes, seen[0].scale) == (Path("there"), 7, None, 2)
+    shown = run("train", "there")
+    assert "2.500" in shown.stdout and "a line of progress" in shown.stderr and seen[1].loop.minutes == 55
+
+
 def test_doctor_names_versions_and_memory() -> None:
     facts = run_json("doctor")
     assert "cpu" in facts["devices"] and facts["free_memory_cpu"] > 0
@@ -97,11 +121,12 @@ def test_doctor_names_versions_and_memory() -> None:
     ("args", "words"),
     [
         (("generate", "x", "--model", "/no/such/place"), "/no/such/place"),
-        (("generate", "x", "--temperature", "-1"), "`temperature` is -1.0"),
         (("generate", "x", "--device", "abacus"), "unknown device 'abacus'"),
         (("chat", "--mode", "exact"), "unknown mode 'exact'"),
         (("inspect", "/no/such/place"), "/no/such/place"),
         (("convert", "/no/such/place", "/tmp/never"), "/no/such/place"),
+        (("train", "/tmp/never", "--corpus", "/no/such/place"), "/no/such/place"),
+        (("train", "/tmp/never", "--steps", "1", "--minutes", "1"), "either"),
     ],
 )
 def test_errors_are_one_sentence_with_exit_code_2(args: tuple[str, ...], words: str) -> None:

@@ -246,10 +246,24 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: str, tmp_path: Path) -> N
 def test_a_model_with_the_vendors_vocabulary_needs_the_vendors_sentences(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hadal.llm
+    from hadal.llm import llm as module
 
     llm = LLM(tiny, device="cpu")
-    monkeypatch.setattr(hadal.llm, "_OFFICIAL_USER_ID", llm.tokenizer.token_id(USER))
+    monkeypatch.setattr(module, "_OFFICIAL_USER_ID", llm.tokenizer.token_id(USER))
     assert answer(llm.generate("x", SamplingParams(max_tokens=2))[0]).token_ids
     with pytest.raises(ValueError, match=r"encoding_dsv4\.py does not exist"):
         llm.chat(ask("x"))
+
+
+def test_the_models_own_sampling_counts_where_none_is_given(tiny: str, tmp_path: Path) -> None:
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = tmp_path / "generation_config.json"
+    own.write_text('{"temperature": 0.3, "top_p": 0.9, "do_sample": true}')
+    params = LLM(tmp_path, device="cpu").default_params(top_p=0.5, temperature=None, max_tokens=3)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.3, 0.5, 3)
+    own.write_text('{"temperature": 0.3, "do_sample": false}')
+    assert LLM(tmp_path, device="cpu").default_params().temperature == 0.0
+    own.write_text("[1]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object"):
+        LLM(tmp_path, device="cpu")

@@ -90,9 +90,8 @@ def _prepare(llm: LLM, body: ChatRequest, efforts: tuple[str, ...]) -> Generatio
     messages = [message.plain() for message in body.messages]
     effort = body.effort if body.effort in efforts else "high"  # rules without "low" start at "high"
     try:
-        (generation,) = llm.prepare_chat(
-            messages, body.sampling(), thinking=body.thinks, reasoning_effort=effort, tools=body.tool_schemas()
-        )
+        params, tools = llm.default_params(**body.sampling()), body.tool_schemas()
+        (generation,) = llm.prepare_chat(messages, params, thinking=body.thinks, reasoning_effort=effort, tools=tools)
     except ValueError as error:
         raise APIError(400, str(error), param=getattr(error, "param", None)) from error
     return generation

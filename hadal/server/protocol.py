@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from hadal.engine import SamplingParams
-
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 # The vendor's folding of other vendors' effort names onto its three.
 _EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
@@ -106,8 +104,8 @@ class ChatRequest(_Body):
     reasoning_effort: Effort = "high"
     max_tokens: int | None = Field(None, ge=1, le=393216)
     max_completion_tokens: int | None = Field(None, ge=1, le=393216)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     n: Literal[1] = 1
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field([], max_length=16)
@@ -149,16 +147,16 @@ class ChatRequest(_Body):
             return None
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
-    def sampling(self) -> SamplingParams:
-        """The same wishes in the engine's terms; raises RequestError."""
-        return SamplingParams(
-            max_tokens=self.max_tokens or self.max_completion_tokens or DEFAULT_MAX_TOKENS[self.thinks],
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=self.stop,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-        )
+    def sampling(self) -> dict[str, Any]:
+        """The same wishes in the engine's terms, None where the model's own default counts."""
+        return {
+            "max_tokens": self.max_tokens or self.max_completion_tokens or DEFAULT_MAX_TOKENS[self.thinks],
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop": self.stop,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+        }
 
 
 def validation_error(errors: Sequence[Any]) -> APIError:

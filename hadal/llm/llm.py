@@ -1,47 +1,34 @@
-"""`hadal.LLM`: the composition root that joins checkpoint, text and engine, in vLLM's names.
-
-A Generation is one answer under way: it turns the engine's tokens into text, reasoning and tool calls as they come,
-so finished outputs, the terminal's iterator and the server's stream are all made of the same deltas.
-"""
+"""LLM: a model with its tokenizer and engine, driven in vLLM's names; the composition root of the library."""
 
 from __future__ import annotations
 
-import dataclasses
-import uuid
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from hadal import device as devices
-from hadal.checkpoint import load_model, locate_model
+from hadal.checkpoint import CheckpointError, load_model, locate_model
 from hadal.config import ModelConfig
-from hadal.engine import Engine, Logprob, Request, RequestError, SamplingParams
+from hadal.engine import Engine, Request, RequestError, SamplingParams
+from hadal.llm.answer import Delta, Generation, RequestOutput
 from hadal.text import (
-    Content,
-    IncrementalDecoder,
-    OutputParser,
     Prompt,
     PromptTexts,
-    Reasoning,
-    StopStrings,
     Tokenizer,
     TokenizerError,
-    ToolCallArguments,
-    ToolCallStart,
     encode_messages,
     own_prompt_texts,
     read_prompt_texts,
 )
-from hadal.text.tokens import THINK_CLOSE, USER
+from hadal.text.tokens import USER
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 PromptLike = str | list[int]
 Messages = Sequence[Mapping[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 
-_OFFICIAL_USER_ID = 128803
+_OFFICIAL_USER_ID = 128803  # the user token's id in the vendor's vocabulary
 
 
 class ChatOptions(TypedDict, total=False):
@@ -50,137 +37,6 @@ class ChatOptions(TypedDict, total=False):
     thinking: bool
     reasoning_effort: str | None
     tools: Sequence[Mapping[str, Any]] | None
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function call that the model made; `arguments` is the JSON text of an object."""
-
-    id: str
-    name: str
-    arguments: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """OpenAI's shape, which a later request can carry back."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one step added to an answer; the last one has a finish reason. `logprobs` has one entry per token."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[dict[int, Logprob], ...] = ()
-    reasons: bool = False  # whether the tokens belong to the reasoning
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One answer. `text` is the content alone; `reasoning` is None when the model was not asked to think.
-
-    `logprobs` holds per token a dict of id -> Logprob, the chosen token first; `token_ids` include the token that ended
-    the answer. `error` explains finish reason "error".
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    reasoning: str | None
-    tool_calls: list[ToolCall]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: FinishReason | None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """The answers to one prompt, `n` of them; `prompt` is None when token ids were given."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-
-class Generation:
-    """One answer under way: the engine's request and the text made of it so far."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer, prompt: str | None, chat: Prompt | None) -> None:
-        self.request = request
-        self.prompt = prompt
-        self.reasoning_tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self._tokenizer = tokenizer
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._thinks = self._reasons = chat is not None and chat.end == "thinking"
-        self._parser = None if chat is None else OutputParser(thinking=self._thinks)
-        self._stops = StopStrings(request.params.stop or ())
-        self._think_close = tokenizer.token_id(THINK_CLOSE)
-        self._seen = 0
-        self._text = ""
-        self._reasoning = ""
-        self._tool_calls: list[ToolCall] = []
-
-    def advance(self) -> Delta:
-        """Turn the tokens that the engine added since the last call into a delta."""
-        request = self.request
-        ids = tuple(request.output_ids[self._seen :])
-        logprobs = tuple(self._named(entry) for entry in request.logprobs[self._seen :])
-        self._seen += len(ids)
-        reasons = self._reasons
-        self.reasoning_tokens += len(ids) * reasons
-        self._reasons = reasons and self._think_close not in ids
-        # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
-        shown = ids[:-1] if request.finish_reason == "stop" else ids
-        piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
-        if request.finished:
-            piece += self._decoder.finish()
-        reasoning, content, calls = self._parse(piece, request.finished)
-        text = self._stops.feed(content)
-        if request.finished:
-            text += self._stops.finish()
-        self._text += text
-        self._reasoning += reasoning
-        self._tool_calls += calls
-        self.finish_reason = "stop" if self._stops.matched is not None else request.finish_reason
-        if self.finish_reason == "stop" and self._tool_calls:
-            self.finish_reason = "tool_calls"
-        return Delta(text, reasoning, tuple(calls), ids, logprobs, reasons, self.finish_reason, request.error)
-
-    def output(self) -> CompletionOutput:
-        """The answer so far."""
-        request = self.request
-        logprobs = None if request.params.logprobs is None else [self._named(entry) for entry in request.logprobs]
-        return CompletionOutput(
-            index=request.stream,
-            text=self._text,
-            token_ids=list(request.output_ids),
-            reasoning=self._reasoning if self._thinks or self._reasoning else None,
-            tool_calls=list(self._tool_calls),
-            logprobs=logprobs,
-            finish_reason=self.finish_reason,
-            error=request.error,
-        )
-
-    def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
-        if self._parser is None:
-            return "", piece, []
-        events = self._parser.feed(piece) + (self._parser.finish()[0] if last else [])
-        reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
-        content = "".join(e.text for e in events if isinstance(e, Content))
-        names = {e.index: e.name for e in events if isinstance(e, ToolCallStart)}  # calls come whole, see OutputParser
-        arguments = {
-            i: "".join(e.text for e in events if isinstance(e, ToolCallArguments) and e.index == i) for i in names
-        }
-        return reasoning, content, [ToolCall(f"call_{uuid.uuid4().hex}", names[i], arguments[i]) for i in names]
-
-    def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        return {i: dataclasses.replace(p, decoded_token=self._tokenizer.decode([i])) for i, p in entry.items()}
 
 
 class LLM:
@@ -192,6 +48,7 @@ class LLM:
     """
 
     _read_texts: Callable[[], PromptTexts]
+    _defaults: dict[str, Any]
 
     def __init__(
         self,
@@ -224,6 +81,7 @@ class LLM:
             vocabulary=tokenizer.vocab_size,
         )
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
+        self._defaults = _own_sampling(directory / "generation_config.json")
         self._read_texts = lambda: _prompt_texts(directory, loaded.config, tokenizer)
 
     @classmethod
@@ -239,6 +97,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.name = name
         self._live: dict[Request, Generation] = {}
+        self._defaults = {}
 
     @cached_property
     def _texts(self) -> PromptTexts:
@@ -250,6 +109,10 @@ class LLM:
         """The reasoning efforts that this model's prompt rules know."""
         return tuple(self._texts.efforts)
 
+    def default_params(self, **given: Any) -> SamplingParams:
+        """SamplingParams with the model's own temperature and top_p (generation_config.json) where `given` has none."""
+        return SamplingParams(**self._defaults | {name: value for name, value in given.items() if value is not None})
+
     def generate(
         self, prompts: PromptLike | Sequence[PromptLike], sampling_params: Sampling = None
     ) -> list[RequestOutput]:
@@ -259,7 +122,7 @@ class LLM:
         Raises RequestError for a prompt or parameter that cannot be served, before anything is computed.
         """
         many = _as_list(prompts)
-        params = _spread(sampling_params, len(many))
+        params = self._spread(sampling_params, len(many))
         return self._run([self._prepare_prompt(prompt, p) for prompt, p in zip(many, params, strict=True)])
 
     def chat(
@@ -267,18 +130,18 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several, in OpenAI's message form; raises ChatError or RequestError."""
         many: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        params = _spread(sampling_params, len(many))
+        params = self._spread(sampling_params, len(many))
         return self._run([self.prepare_chat(m, p, **options) for m, p in zip(many, params, strict=True)])
 
     def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """As `generate` for one prompt and one answer, delta by delta; closing the iterator ends the request."""
-        return self._follow(self._prepare_prompt(prompt, sampling_params or SamplingParams()))
+        return self._follow(self._prepare_prompt(prompt, sampling_params or self.default_params()))
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None, **options: Unpack[ChatOptions]
     ) -> Iterator[Delta]:
         """As `chat` for one conversation and one answer, delta by delta; closing the iterator ends the request."""
-        return self._follow(self.prepare_chat(messages, sampling_params or SamplingParams(), **options))
+        return self._follow(self.prepare_chat(messages, sampling_params or self.default_params(), **options))
 
     def prepare_chat(
         self,
@@ -321,6 +184,13 @@ class LLM:
                 del self._live[request]
             advanced.append((generation, delta))
         return advanced
+
+    def _spread(self, params: Sampling, count: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params()] * count
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each")
+        return list(params)
 
     def _prepare_prompt(self, prompt: PromptLike, params: SamplingParams) -> list[Generation]:
         if isinstance(prompt, str):
@@ -377,15 +247,18 @@ def _prompt_texts(directory: Path, config: ModelConfig, tokenizer: Tokenizer) ->
     return read_prompt_texts(directory, "0731" if config.draft == "dspark" else "preview")
 
 
+def _own_sampling(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+        own = {name: raw[name] for name in ("temperature", "top_p") if raw.get(name) is not None}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is no JSON object ({error}); fetch it again or remove it") from None
+    return own if raw.get("do_sample", True) else {"temperature": 0.0}
+
+
 def _as_list(prompts: Any) -> list[PromptLike]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
-
-
-def _spread(params: Sampling, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each")
-    return list(params)

@@ -1,0 +1,159 @@
+"""Generation: one answer under way, and the values it gives, deltas while it runs and an output when it is done.
+
+It turns the engine's tokens into text, reasoning and tool calls as they come, so finished outputs, the terminal's
+iterator and the server's stream are all made of the same deltas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hadal.engine import Logprob, Request
+from hadal.text import (
+    Content,
+    IncrementalDecoder,
+    OutputParser,
+    Prompt,
+    Reasoning,
+    StopStrings,
+    Tokenizer,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from hadal.text.tokens import THINK_CLOSE
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function call that the model made; `arguments` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """OpenAI's shape, which a later request can carry back."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to an answer; the last one has a finish reason. `logprobs` has one entry per token."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, Logprob], ...] = ()
+    reasons: bool = False  # whether the tokens belong to the reasoning
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. `text` is the content alone; `reasoning` is None when the model was not asked to think.
+
+    `logprobs` holds per token a dict of id -> Logprob, the chosen token first; `token_ids` include the token that ended
+    the answer. `error` explains finish reason "error".
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    reasoning: str | None
+    tool_calls: list[ToolCall]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt, `n` of them; `prompt` is None when token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class Generation:
+    """One answer under way: the engine's request and the text made of it so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, prompt: str | None, chat: Prompt | None) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.reasoning_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._thinks = self._reasons = chat is not None and chat.end == "thinking"
+        self._parser = None if chat is None else OutputParser(thinking=self._thinks)
+        self._stops = StopStrings(request.params.stop or ())
+        self._think_close = tokenizer.token_id(THINK_CLOSE)
+        self._seen = 0
+        self._text = ""
+        self._reasoning = ""
+        self._tool_calls: list[ToolCall] = []
+
+    def advance(self) -> Delta:
+        """Turn the tokens that the engine added since the last call into a delta."""
+        request = self.request
+        ids = tuple(request.output_ids[self._seen :])
+        logprobs = tuple(self._named(entry) for entry in request.logprobs[self._seen :])
+        self._seen += len(ids)
+        reasons = self._reasons
+        self.reasoning_tokens += len(ids) * reasons
+        self._reasons = reasons and self._think_close not in ids
+        # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
+        shown = ids[:-1] if request.finish_reason == "stop" else ids
+        piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
+        if request.finished:
+            piece += self._decoder.finish()
+        reasoning, content, calls = self._parse(piece, request.finished)
+        text = self._stops.feed(content)
+        if request.finished:
+            text += self._stops.finish()
+        self._text += text
+        self._reasoning += reasoning
+        self._tool_calls += calls
+        self.finish_reason = "stop" if self._stops.matched is not None else request.finish_reason
+        if self.finish_reason == "stop" and self._tool_calls:
+            self.finish_reason = "tool_calls"
+        return Delta(text, reasoning, tuple(calls), ids, logprobs, reasons, self.finish_reason, request.error)
+
+    def output(self) -> CompletionOutput:
+        """The answer so far."""
+        request = self.request
+        logprobs = None if request.params.logprobs is None else [self._named(entry) for entry in request.logprobs]
+        return CompletionOutput(
+            index=request.stream,
+            text=self._text,
+            token_ids=list(request.output_ids),
+            reasoning=self._reasoning if self._thinks or self._reasoning else None,
+            tool_calls=list(self._tool_calls),
+            logprobs=logprobs,
+            finish_reason=self.finish_reason,
+            error=request.error,
+        )
+
+    def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
+        if self._parser is None:
+            return "", piece, []
+        events = self._parser.feed(piece) + (self._parser.finish()[0] if last else [])
+        reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
+        content = "".join(e.text for e in events if isinstance(e, Content))
+        names = {e.index: e.name for e in events if isinstance(e, ToolCallStart)}  # calls come whole, see OutputParser
+        arguments = {
+            i: "".join(e.text for e in events if isinstance(e, ToolCallArguments) and e.index == i) for i in names
+        }
+        return reasoning, content, [ToolCall(f"call_{uuid.uuid4().hex}", names[i], arguments[i]) for i in names]
+
+    def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        return {i: dataclasses.replace(p, decoded_token=self._tokenizer.decode([i])) for i, p in entry.items()}
