@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -133,11 +134,11 @@ def _show(console: Console, stream: Any) -> dict[str, Any]:
             first = first or time.perf_counter()
             tokens += len(delta.token_ids)
             if delta.reasoning:
-                console.print(Text(delta.reasoning, "dim"), end="")
+                console.print(Text(_printable(delta.reasoning), "dim"), end="")
                 reasoning += delta.reasoning
             if delta.text:
                 console.print(Text("\n\n" if reasoning and not said["content"] else ""), end="")
-                console.print(Text(delta.text), end="")
+                console.print(Text(_printable(delta.text)), end="")
                 said["content"] += delta.text
             if delta.finish_reason == "error":
                 console.print(f"\n[red]{delta.error}[/red]", end="")
@@ -147,6 +148,11 @@ def _show(console: Console, stream: Any) -> dict[str, Any]:
     speed = (tokens - 1) / (end - (first or end)) if tokens > 1 and first and end > first else 0.0
     console.print(f"\n[dim]{tokens} tokens, {speed:.1f} tokens/s, first after {(first or end) - start:.2f} s[/dim]")
     return said | ({"reasoning_content": reasoning} if reasoning else {})
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a model must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 @app.command()
@@ -218,6 +224,24 @@ def convert(
     if as_json:
         return _print_json({"src": src, "dst": dst, "quantize": quantize, "names": names})
     print(f"wrote {dst}")
+
+
+@app.command()
+@_one_sentence_errors
+def verify(
+    golden: Annotated[Path | None, typer.Option(help="Folder of golden vectors; the packaged set if left out.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Also leave the computed vectors in this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this installation's numbers against the official ones; exit code 1 when a check fails."""
+    import importlib
+
+    report = importlib.import_module("hadal.verify").run(golden, write)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_table(None, ["check", "error", "tolerance", "verdict"], report.rows())
+    raise typer.Exit(0 if report.ok else 1)
 
 
 @app.command()

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from hadal.cli import app
-from tests.fakes import write_tiny_model
+from tests.fakes import scripted_llm, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_importing_hadal_does_not_import_torch() -> None:
 
 def test_verbs_are_exactly_those_that_work() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"serve", "chat", "generate", "inspect", "convert", "train", "doctor"}
+    assert names == {"serve", "chat", "generate", "inspect", "convert", "verify", "train", "doctor"}
 
 
 def test_generate_prints_text_or_json(model: str) -> None:
@@ -74,6 +75,16 @@ def test_chat_keeps_the_conversation_and_tells_the_speed(model: str) -> None:
     assert made.stdout.count("tokens/s") == 2
 
 
+def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hadal.cli
+
+    llm = scripted_llm({"hello": "fine</think>a\x1b[31mb\x07c"})
+    monkeypatch.setattr(hadal.cli, "_load", lambda *args: llm)
+    made = run("chat", "--temperature", "0", input="hello\n")
+    assert made.exit_code == 0 and "fine\n\na[31mbc\n" in made.stdout
+    assert "\x1b" not in made.stdout and "\x07" not in made.stdout
+
+
 def test_chat_ends_with_its_input(model: str) -> None:
     assert run("chat", model, input="").exit_code == 0
 
@@ -90,6 +101,22 @@ def test_convert_writes_a_model_that_generates(model: str, tmp_path: Path) -> No
     assert made["dst"] == str(tmp_path / "out")
     assert run_json("inspect", made["dst"])["expert_format"] == "fp8"
     assert run_json("generate", "the cat", "--model", made["dst"], "--max-tokens", "2")["finish_reason"]
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_verify_shows_the_report_and_its_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ok: bool) -> None:
+    seen: list[Any] = []
+
+    def run_recorded(golden: Path | None, write: Path | None) -> Any:
+        seen.append((golden, write))
+        rows = [["round trip", "0", "0", "ok" if ok else "FAILED"]]
+        return SimpleNamespace(ok=ok, rows=lambda: rows, to_dict=lambda: {"ok": ok})
+
+    monkeypatch.setitem(sys.modules, "hadal.verify", SimpleNamespace(run=run_recorded))
+    shown = run("verify", "--golden", str(tmp_path))
+    assert shown.exit_code == (0 if ok else 1) and "round trip" in shown.stdout
+    assert json.loads(run("verify", "--json").stdout) == {"ok": ok}
+    assert seen == [(tmp_path, None), (None, None)]
 
 
 def test_train_runs_the_pretraining_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,10 +43,11 @@ def answer(output: RequestOutput) -> Any:
 
 def test_generate_takes_text_ids_and_lists_of_both(llm: LLM) -> None:
     ids = llm.tokenizer.encode(BOS + "plain ")
+    both: list[Any] = ["plain ", ids]
     single, by_ids, (first, second) = (
         llm.generate("plain ", GREEDY),
         llm.generate(ids, GREEDY),
-        llm.generate(["plain ", ids], GREEDY),
+        llm.generate(both, GREEDY),
     )
     for output in (*single, *by_ids, first, second):
         assert answer(output).text == "one. two. three." and answer(output).finish_reason == "stop"
@@ -161,8 +162,9 @@ def test_a_crash_leaves_no_request_behind(llm: LLM) -> None:
 
 
 def test_what_cannot_be_served_is_refused_before_anything_runs(llm: LLM) -> None:
+    nothing: list[Any] = ["plain", []]
     with pytest.raises(RequestError, match="the prompt is empty"):
-        llm.generate(["plain", []], GREEDY)
+        llm.generate(nothing, GREEDY)
     with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):
         llm.generate("plain", [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="`n` is more than 1"):

@@ -24,7 +24,7 @@ from hadal.text import (
 )
 from hadal.text.tokens import USER
 
-PromptLike = str | list[int]
+PromptLike = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 
