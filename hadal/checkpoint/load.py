@@ -19,6 +19,7 @@ from hadal import device as devices
 from hadal.checkpoint.names import TensorSpec
 from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.source import Checkpoint, open_checkpoint
+from hadal.kernels import KernelTable
 from hadal.model import Model, Numerics
 from hadal.quant import PackedWeight
 
@@ -56,7 +57,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     fake_quant: bool | Literal["auto"] = "auto",
-    backend: str = "auto",
+    backend: str | KernelTable = "auto",
     weights: Literal["auto", "packed", "dense"] = "auto",
 ) -> Model:
     """Load a model; every header is checked before a weight is read, and each weight is read once, layer by layer.

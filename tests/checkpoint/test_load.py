@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from hadal.checkpoint import CheckpointError, load_model, locate_model, source_of
-from hadal.checkpoint import load as load_module
 from hadal.model import Model
 from hadal.quant import PackedWeight
 from tests.quant import oracle
@@ -44,7 +44,7 @@ def held(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_dense_weights_are_the_stored_values(official: Path) -> None:
     tensors = stored(official)
-    model = load_model(official, device="cpu", dtype="float32", weights="dense")
+    model: Any = load_model(official, device="cpu", dtype="float32", weights="dense")
     layer = model.layers[2]
     assert torch.equal(layer.attn.wo_a.double(), dequantised(tensors, "layers.2.attn.wo_a"))
     assert torch.equal(layer.ffn.shared.w2.double(), dequantised(tensors, "layers.2.ffn.shared_experts.w2"))
@@ -60,7 +60,7 @@ def test_dense_weights_are_the_stored_values(official: Path) -> None:
 
 def test_packed_weights_are_the_stored_bytes_without_a_copy(official: Path) -> None:
     tensors = stored(official)
-    model = load_model(official, device="cpu", weights="packed")
+    model: Any = load_model(official, device="cpu", weights="packed")
     experts = model.layers[1].ffn.experts.w1
     assert isinstance(experts, list) and all(isinstance(e, PackedWeight) for e in experts)
     assert torch.equal(experts[2].codes, tensors["layers.1.ffn.experts.2.w1.weight"].view(torch.uint8))
@@ -106,13 +106,14 @@ def test_parameters_have_the_types_the_model_computes_with(official: Path, dspar
 
 
 def test_automatic_choices(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(official, device="cpu")
+    model: Any = load_model(official, device="cpu")
     assert model.numerics.dtype == torch.float32 and not model.numerics.fake_quant
     assert model.numerics.quantised_dense and model.numerics.quantised_experts
     assert isinstance(model.layers[0].attn.wq_a, torch.Tensor)
     assert load_model(official, device="cpu", dtype=torch.bfloat16).numerics.fake_quant
-    monkeypatch.setattr(load_module.devices, "memory_available", lambda device: 1000)
-    assert isinstance(load_model(official, device="cpu").layers[0].attn.wq_a, PackedWeight)
+    monkeypatch.setattr("hadal.device.memory_available", lambda device: 1000)
+    model = load_model(official, device="cpu")
+    assert isinstance(model.layers[0].attn.wq_a, PackedWeight)
 
 
 def test_unquantised_weights_ask_for_no_quantised_inputs(plain: Path) -> None:
@@ -139,7 +140,12 @@ def test_models_are_found_by_directory_name_or_repository(
     assert repository == "deepseek-ai/DeepSeek-V4-Flash"
     assert [p for p in patterns if p.endswith((".py", "*"))] == ["encoding/encoding_dsv4.py"]
     (tmp_path / "file").touch()
-    for name, words in [(tmp_path / "file", "is a file"), ("no-such-model", "no model 'no-such-model'"), ("a/b/c", "no model")]:
+    bad: list[tuple[str | Path, str]] = [
+        (tmp_path / "file", "is a file"),
+        ("no-such-model", "no model 'no-such-model'"),
+        ("a/b/c", "no model"),
+    ]
+    for name, words in bad:
         with pytest.raises(CheckpointError, match=words):
             locate_model(name)
 

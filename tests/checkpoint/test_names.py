@@ -66,14 +66,11 @@ def test_every_model_parameter_is_filled_by_exactly_one_entry(config: ModelConfi
 @pytest.mark.parametrize("name", ["flash_a", "pro_a", "bf16_a", "dspark_a"])
 def test_names_dtypes_and_shapes_equal_the_golden_headers(shared_dir: Path, name: str) -> None:
     folder = shared_dir / "golden" / name / "checkpoint"
-    stored = {}
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in folder.glob("*.safetensors"):
         data = file.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         stored |= {key: (value["dtype"], tuple(value["shape"])) for key, value in header.items()}
     config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    if name == "bf16_a":
-        config = config.replace(expert_dtype=None)
-    else:
-        config = config.replace(expert_dtype="fp4")
+    config = config.replace(expert_dtype=None if name == "bf16_a" else "fp4")
     assert {spec.name: (spec.dtype, spec.shape) for spec in tensor_table(config)} == stored

@@ -74,7 +74,10 @@ def test_views_share_the_mapping_and_never_write_to_the_file(tmp_path: Path) -> 
 
 
 def test_unaligned_tensors_are_readable(tmp_path: Path) -> None:
-    header = {"b": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}, "f": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]}}
+    header = {
+        "b": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "f": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+    }
     file = raw_file(tmp_path / "f", header, b"\1\2\3" + struct.pack("<2f", 1.5, -2.0))
     view = MappedFiles().view(read_header(file).entries["f"])
     assert view.tolist() == [1.5, -2.0] and view.data_ptr() % 4 == 0

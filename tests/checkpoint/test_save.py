@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_values_at_the_end_of_the_range_keep_their_bytes_too(official: Path, tmp
 
 @pytest.mark.parametrize("weights", ["packed", "dense"])
 def test_only_changed_weights_are_quantised_anew(official: Path, tmp_path: Path, weights: str) -> None:
-    model = load_model(official, device="cpu", weights=weights)  # type: ignore[arg-type]
+    model: Any = load_model(official, device="cpu", weights=weights)  # type: ignore[arg-type]
     with torch.no_grad():
         model.norm.mul_(2)
         if weights == "dense":
@@ -66,7 +67,7 @@ def test_only_changed_weights_are_quantised_anew(official: Path, tmp_path: Path,
     changed = {n for n in before if not torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8))}
     expert = {"layers.2.ffn.experts.3.w1.scale"} if weights == "dense" else set()
     assert changed - {"layers.2.ffn.experts.3.w1.weight"} == {"norm.weight"} | expert
-    reloaded = load_model(tmp_path / "out", device="cpu", weights="dense")
+    reloaded: Any = load_model(tmp_path / "out", device="cpu", weights="dense")
     if weights == "dense":
         assert torch.equal(reloaded.layers[2].ffn.experts.w1, model.layers[2].ffn.experts.w1)
     assert torch.equal(reloaded.norm, model.norm)
@@ -79,9 +80,9 @@ def trained(dtype: torch.dtype = torch.float32) -> Model:
 
 
 def test_a_model_without_a_source_loses_nothing(tmp_path: Path) -> None:
-    model = trained()
+    model: Any = trained()
     save_model(model, tmp_path / "out")
-    again = load_model(tmp_path / "out", device="cpu", dtype="float32")
+    again: Any = load_model(tmp_path / "out", device="cpu", dtype="float32")
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert open_checkpoint(tmp_path / "out").config.expert_format == "bf16"
@@ -91,7 +92,7 @@ def test_a_model_without_a_source_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("quantize", "expert"), [("fp4", "I8"), ("fp8", "F8_E4M3")])
 def test_quantised_saving_gives_the_official_types(tmp_path: Path, quantize: str, expert: str) -> None:
-    model = trained()
+    model: Any = trained()
     save_model(model, tmp_path / "out", quantize=quantize)  # type: ignore[arg-type]
     config = model.config.replace(expert_dtype=quantize)
     found = inspect(tmp_path / "out")
@@ -100,7 +101,7 @@ def test_quantised_saving_gives_the_official_types(tmp_path: Path, quantize: str
     assert census["torch.float8_e8m0fnu"] == census["torch.int8"] + census["torch.float8_e4m3fn"]
     assert found.dtypes is not None and found.dtypes[expert] >= 3 * 4 * 5
     assert open_checkpoint(tmp_path / "out").config == config
-    again = load_model(tmp_path / "out", device="cpu", dtype="float32")
+    again: Any = load_model(tmp_path / "out", device="cpu", dtype="float32")
     error = (again.layers[1].ffn.experts.w1 - model.layers[1].ffn.experts.w1).abs().max()
     assert 0 < error < model.layers[1].ffn.experts.w1.abs().max() * (0.17 if quantize == "fp4" else 0.04)
     save_model(again, tmp_path / "again")
@@ -109,7 +110,7 @@ def test_quantised_saving_gives_the_official_types(tmp_path: Path, quantize: str
 
 def test_a_checkpoint_can_be_saved_over_itself(official: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(official, tmp_path / "own"))
-    model = load_model(path, device="cpu", weights="packed")
+    model: Any = load_model(path, device="cpu", weights="packed")
     before = model.logits(IDS)
     save_model(model, path)
     assert differing(official, path) == []
@@ -128,7 +129,7 @@ def test_companion_files_go_along(official: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_leave_no_file(tmp_path: Path) -> None:
-    model = trained()
+    model: Any = trained()
     with torch.no_grad():
         model.layers[0].attn.wkv[0, 0] = float("nan")
     with pytest.raises(QuantError):

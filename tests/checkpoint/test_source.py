@@ -26,13 +26,16 @@ def damaged(tmp_path: Path, change: Callable[[dict[str, Tensor]], object]) -> Pa
 def test_an_official_directory_opens(official: Path) -> None:
     checkpoint = open_checkpoint(official)
     assert (checkpoint.naming, checkpoint.expert_format, checkpoint.dense_format) == ("official", "fp4", "fp8")
-    assert checkpoint.nbytes == json.loads((official / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert (
+        checkpoint.nbytes
+        == json.loads((official / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    )
 
 
 @pytest.mark.parametrize("announced", [None, "fp8", "fp4"])
 def test_the_tensors_decide_the_expert_format_whatever_the_config_says(tmp_path: Path, announced: str | None) -> None:
     for stored in ("fp4", "fp8"):
-        tensors = random_tensors(tiny_config(), stored)  # type: ignore[arg-type]
+        tensors = random_tensors(tiny_config(), stored)
         path = write_checkpoint(tmp_path / stored, tiny_config(expert_dtype=announced), tensors)
         checkpoint = open_checkpoint(path)
         assert checkpoint.expert_format == stored == checkpoint.config.expert_format
@@ -72,8 +75,14 @@ def replace(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, 
         (remove(f"{EXPERT}.scale"), [f"{EXPERT}.scale", "missing"]),
         (remove("norm.weight"), ["norm.weight", "missing"]),
         (remove("layers.0.attn.wq_a.weight"), ["layers.0.attn.wq_a.weight", "missing"]),
-        (replace(f"{EXPERT}.weight", lambda t: t[:, :8].contiguous()), [f"{EXPERT}.weight", "shape [64, 8]", "[64, 16]"]),
-        (replace("layers.1.attn.wkv.weight", lambda t: t.float()), ["layers.1.attn.wkv.weight", "dtype F32", "F8_E4M3"]),
+        (
+            replace(f"{EXPERT}.weight", lambda t: t[:, :8].contiguous()),
+            [f"{EXPERT}.weight", "shape [64, 8]", "[64, 16]"],
+        ),
+        (
+            replace("layers.1.attn.wkv.weight", lambda t: t.float()),
+            ["layers.1.attn.wkv.weight", "dtype F32", "F8_E4M3"],
+        ),
         (replace("layers.0.ffn.gate.tid2eid", lambda t: t.float()), ["gate.tid2eid", "dtype F32", "I64 or I32"]),
         (replace("head.weight", lambda t: t.half()), ["head.weight", "dtype F16", "BF16 or F32"]),
         (replace("layers.0.attn.wq_a.weight", lambda t: t.float().half()), ["wq_a.weight", "F16", "F8_E4M3"]),
@@ -98,7 +107,7 @@ def test_a_nan_scale_is_an_error_before_the_model_exists(tmp_path: Path) -> None
     path = damaged(tmp_path, spoil)
     for weights in ("packed", "dense"):
         with pytest.raises(CheckpointError, match=rf"model-00001.*{EXPERT}\.scale holds NaN.*fetch"):
-            load_model(path, device="cpu", weights=weights)  # type: ignore[arg-type]
+            load_model(path, device="cpu", weights=weights)
 
 
 def test_repeated_embeddings_of_other_exporters_are_passed_over(tmp_path: Path) -> None:

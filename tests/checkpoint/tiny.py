@@ -17,7 +17,7 @@ from hadal.config import ModelConfig, RopeScaling, WeightFormat
 def tiny_config(**changes: Any) -> ModelConfig:
     values: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=48, qk_rope_head_dim=16,
-        q_lora_rank=32, o_lora_rank=16, o_groups=2, sliding_window=8, compress_ratios=(0, 8, 4, 8, 0), index_n_heads=2,
+        q_lora_rank=32, o_lora_rank=16, o_groups=2, sliding_window=8, compress_ratios=(0, 8, 4, 8, 0), index_n_heads=8,
         index_head_dim=32, index_topk=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         num_hash_layers=1, routed_scaling_factor=1.5, swiglu_limit=10.0, num_nextn_predict_layers=1,
         rope_scaling=RopeScaling(factor=4, original_max_position_embeddings=64), max_position_embeddings=4096,
@@ -63,12 +63,17 @@ def random_tensors(
 
 
 def write_checkpoint(
-    path: Path, config: ModelConfig, tensors: dict[str, Tensor], *, shards: int = 1, metadata: dict[str, str] | None = None
+    path: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    *,
+    shards: int = 1,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Shards cut by name order, an index and config.json."""
     path.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"

@@ -29,7 +29,8 @@ def nearest(values: np.ndarray, table: list[float]) -> np.ndarray:
     lower = np.maximum(upper - 1, 0)
     down, up = magnitude - positive[lower], positive[upper] - magnitude
     take_lower = (down < up) | ((down == up) & (lower % 2 == 0))
-    return np.copysign(np.where(take_lower, positive[lower], positive[upper]), values)
+    rounded: np.ndarray = np.copysign(np.where(take_lower, positive[lower], positive[upper]), values)
+    return rounded
 
 
 def scale(amax: float, reciprocal: np.float32) -> float:

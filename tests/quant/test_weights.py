@@ -41,7 +41,9 @@ def test_every_fp8_code_under_every_scale_has_its_value(dtype: torch.dtype) -> N
     values = np.array([v for v in oracle.E4M3 if v == v])
     codes = torch.tensor([c for c in range(256) if oracle.E4M3[c] == oracle.E4M3[c]], dtype=torch.uint8)
     for byte in range(255):
-        packed = PackedWeight("fp8", codes.view(torch.float8_e4m3fn).view(1, -1), e8m0([byte, byte]).view(1, 2), (1, 254))
+        packed = PackedWeight(
+            "fp8", codes.view(torch.float8_e4m3fn).view(1, -1), e8m0([byte, byte]).view(1, 2), (1, 254)
+        )
         expected = np.ldexp(values, byte - 127)
         fits = representable(expected, dtype)
         dense = packed.dense(dtype)[0]
