@@ -1,0 +1,347 @@
+"""The training loop: schedules, phases, steps, held-out evaluation, metrics and exact resume; device-neutral.
+
+Sits above hadal.train.{data,losses,optim}; the pre-training stage calls `train`. One step draws its micro-batches,
+sums the losses, checks that everything is finite, and only then changes a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hadal.model import Model, TrainingOutput
+from hadal.quant import quantise_fp4
+from hadal.train.data import Batch, Sampler
+from hadal.train.losses import (
+    balance_loss,
+    count_targets,
+    expert_load,
+    head_loss_sum,
+    shifted_targets,
+    update_router_bias,
+)
+from hadal.train.optim import Optimizer, is_indexer
+
+Phase = Literal["dense", "indexer", "sparse"]
+
+
+class TrainingError(ValueError):
+    """A run that cannot start, resume or go on; the message names the step or file and the remedy."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Schedules as fractions of the run, weights of the losses, and sizes (spec/training.md 1.3, 1.5, 1.7).
+
+    The run's length is `steps`, or `minutes` of wall clock; with minutes the schedules follow the clock, so a run ends
+    with a finished decay on a machine of any speed. With steps a resumed run equals an uninterrupted one to the bit.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    packs_per_micro_batch: int = 4
+    micro_batches: int = 1
+    lr: float = 2e-3
+    warmup: float = 0.02
+    decay_from: float = 0.5
+    lr_floor: float = 0.1
+    dense_until: float = 0.3
+    indexer_until: float = 0.33  # between the two only the indexers learn
+    fp4_from: float = 0.85  # from here on routed experts compute with their FP4 values (report 5.2.1)
+    mtp_weight: float = 0.3
+    mtp_weight_in_decay: float = 0.1
+    balance_weight: float = 1e-4
+    bias_speed: float = 1e-3
+    head_product: torch.dtype | None = torch.bfloat16  # type of the head's gradient products; None is float32
+    evaluations: int = 10
+    checkpoint_minutes: float = 5.0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise TrainingError("give the run's length either as `steps` or as `minutes`")
+
+    def lr_at(self, progress: float) -> float:
+        """Linear warm-up, constant, cosine to `lr_floor` of the peak."""
+        if progress < self.warmup:
+            return self.lr * max(progress / self.warmup, 1e-3)
+        if progress < self.decay_from:
+            return self.lr
+        fallen = min((progress - self.decay_from) / (1 - self.decay_from), 1.0)
+        return self.lr * (self.lr_floor + (1 - self.lr_floor) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+    def mtp_weight_at(self, progress: float) -> float:
+        """0.3, and 0.1 once the learning rate decays."""
+        return self.mtp_weight if progress < self.decay_from else self.mtp_weight_in_decay
+
+    def phase_at(self, progress: float) -> Phase:
+        """Dense attention, indexer warm-up with everything else frozen, sparse attention."""
+        if progress < self.dense_until:
+            return "dense"
+        return "indexer" if progress < self.indexer_until else "sparse"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did; losses in nats per token by source, `training_seconds` over all its sessions."""
+
+    steps: int
+    tokens: int
+    training_seconds: float
+    held_out: dict[str, float]
+    epochs: dict[str, float]
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def fraction(self, config: LoopConfig) -> float:
+        if config.steps is not None:
+            return self.step / config.steps
+        assert config.minutes is not None
+        return self.seconds / (config.minutes * 60)
+
+
+def train(
+    model: Model,
+    optimizer: Optimizer,
+    sampler: Sampler,
+    held_out: dict[str, list[Batch]],
+    config: LoopConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Train to the end of the schedule, or for `stop_after` steps of this session, leaving `state.pt` in `folder`.
+
+    Appends one JSON line per `log_every` steps and per evaluation to `metrics.jsonl`. Raises TrainingError when a loss
+    or gradient is not finite, before the step changes a weight, and when there is nothing to resume.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, metrics_path = folder / "state.pt", folder / "metrics.jsonl"
+    progress = _Progress()
+    if resume:
+        progress = _load(state_path, model, optimizer, sampler, config)
+    elif state_path.exists():
+        raise TrainingError(f"{state_path} exists; continue it with --resume or give an empty folder")
+    first_step, saved_at, clock = progress.step, progress.seconds, time.monotonic()
+    losses: dict[str, float] = {}
+    while (fraction := progress.fraction(config)) < 1:
+        losses = {}
+        if stop_after is not None and progress.step - first_step >= stop_after:
+            break
+        row = _step(model, optimizer, sampler, config, fraction, progress.step)
+        now = time.monotonic()
+        seconds, clock = now - clock, now
+        progress.step += 1
+        progress.tokens += row["tokens"]
+        progress.seconds += seconds
+        if progress.step % config.log_every == 0:
+            row |= {
+                "step": progress.step,
+                "progress": round(fraction, 5),
+                "tokens_per_s": round(row["tokens"] / seconds),
+            }
+            _append(metrics_path, row)
+            say(_line(row))
+        after = progress.fraction(config)
+        if int(after * config.evaluations) > int(fraction * config.evaluations):
+            losses = evaluate(model, held_out, dense=config.phase_at(after) == "dense")
+            _append(metrics_path, {"step": progress.step, "held_out": losses, "epochs": sampler.epochs()})
+            say(f"step {progress.step} held-out " + " ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+        if progress.seconds - saved_at > 60 * config.checkpoint_minutes:
+            saved_at = progress.seconds
+            _save(state_path, model, optimizer, sampler, config, progress)
+        progress.seconds += time.monotonic() - clock  # evaluation and saving count against the budget as well
+        clock = time.monotonic()
+    _save(state_path, model, optimizer, sampler, config, progress)
+    losses = losses or evaluate(model, held_out, dense=config.phase_at(progress.fraction(config)) == "dense")
+    return Report(progress.step, progress.tokens, progress.seconds, losses, sampler.epochs())
+
+
+@torch.no_grad()
+def evaluate(model: Model, held_out: dict[str, list[Batch]], *, dense: bool) -> dict[str, float]:
+    """Mean next-token loss in nats over the counted tokens of each source."""
+    out = {}
+    for source, batches in held_out.items():
+        total, count = 0.0, 0
+        for batch in batches:
+            batch = batch.to(model.device)
+            targets = shifted_targets(batch.ids_T, batch.counted_T, batch.cu_seqlens, 1)
+            result = model.training_forward(batch.ids_T, batch.cu_seqlens, dense=dense, indexer_loss=False)
+            total += float(head_loss_sum(result.hidden_TD, result.head_VD, targets))
+            count += count_targets(targets)
+        out[source] = total / max(count, 1)
+    return out
+
+
+def _step(
+    model: Model, optimizer: Optimizer, sampler: Sampler, config: LoopConfig, fraction: float, step: int
+) -> dict[str, Any]:
+    """One optimiser step; returns the metrics row without its place in the run."""
+    phase = config.phase_at(fraction)
+    batches = [
+        sampler.draw(fraction, config.packs_per_micro_batch).to(model.device) for _ in range(config.micro_batches)
+    ]
+    targets = [shifted_targets(b.ids_T, b.counted_T, b.cu_seqlens, 1) for b in batches]
+    mtp_targets = [shifted_targets(b.ids_T, b.counted_T, b.cu_seqlens, 2) for b in batches]
+    counts = max(sum(map(count_targets, targets)), 1), max(sum(map(count_targets, mtp_targets)), 1)
+    row: dict[str, Any] = {"phase": phase, "lr": config.lr_at(fraction), "tokens": sum(len(b.ids_T) for b in batches)}
+    loads: dict[int, Tensor] = {}
+    optimizer.zero_grad()
+    with _only_indexers(model, phase == "indexer"), _fp4_experts(model, fraction >= config.fp4_from):
+        for batch, target, mtp_target in zip(batches, targets, mtp_targets, strict=True):
+            out = model.training_forward(
+                batch.ids_T, batch.cu_seqlens, dense=phase != "sparse", indexer_loss=phase != "dense"
+            )
+            parts = _losses(out, target, mtp_target, counts, batch.cu_seqlens, config)
+            for name, value in parts.items():
+                row[name] = row.get(name, 0.0) + float(value.detach())
+            if out.indexer_captured is not None:
+                row["captured"] = out.indexer_captured
+            for block, routing in enumerate(out.routing):
+                if not routing.is_hash:
+                    load = expert_load(routing.ids_TK, routing.scores_TE.shape[1])
+                    loads[block] = loads[block] + load if block in loads else load
+            total = _total(parts, phase, config.mtp_weight_at(fraction), config.balance_weight)
+            if total.requires_grad:
+                total.backward()
+    norm, indexer_norm = optimizer.clip()
+    row |= {"grad_norm": norm, "indexer_grad_norm": indexer_norm}
+    _check_finite(row, step)
+    optimizer.step(row["lr"])
+    if phase != "indexer":
+        _update_biases(model, loads, config.bias_speed)
+    row["load_max"] = max((float(load.max() / load.mean()) for load in loads.values()), default=1.0)
+    return row
+
+
+def _losses(
+    out: TrainingOutput, targets_T: Tensor, mtp_targets_T: Tensor, counts: tuple[int, int], cu: list[int], c: LoopConfig
+) -> dict[str, Tensor]:
+    """This micro-batch's share of the step's losses, each a mean over the whole step."""
+    parts = {"loss": head_loss_sum(out.hidden_TD, out.head_VD, targets_T, product=c.head_product) / counts[0]}
+    if out.mtp_hidden_TD is not None:
+        mtp_sum = head_loss_sum(out.mtp_hidden_TD, out.head_VD, mtp_targets_T, product=c.head_product)
+        parts["mtp_loss"] = mtp_sum / counts[1]
+    learned = [r for r in out.routing if not r.is_hash]
+    if learned:
+        parts["balance"] = (
+            torch.stack([balance_loss(r.scores_TE, r.ids_TK, cu) for r in learned]).sum() / c.micro_batches
+        )
+    if out.indexer_kl is not None:
+        parts["indexer_kl"] = out.indexer_kl / c.micro_batches
+    return parts
+
+
+def _total(parts: dict[str, Tensor], phase: Phase, mtp_weight: float, balance_weight: float) -> Tensor:
+    # The indexers see no other gradient and both optimisers ignore its scale, so the KL needs no coefficient.
+    zero = parts["loss"].new_zeros(())
+    if phase == "indexer":
+        return parts.get("indexer_kl", zero)
+    weights = {"loss": 1.0, "mtp_loss": mtp_weight, "balance": balance_weight, "indexer_kl": 1.0}
+    return sum((weights[name] * value for name, value in parts.items()), zero)
+
+
+def _check_finite(row: dict[str, Any], step: int) -> None:
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TrainingError(
+                f"{name} is {value} at step {step}; no weight was changed: resume from the last checkpoint with a "
+                "lower learning rate"
+            )
+
+
+def _update_biases(model: Model, loads: dict[int, Tensor], speed: float) -> None:
+    blocks = [*model.layers, *model.draft]
+    for block, load in loads.items():
+        bias: Tensor = blocks[block].ffn.gate.bias
+        update_router_bias(bias, load, speed)
+
+
+@contextlib.contextmanager
+def _only_indexers(model: Model, active: bool) -> Iterator[None]:
+    """While active, parameters outside the indexers take no gradient."""
+    frozen = [p for n, p in model.named_parameters() if active and not is_indexer(n)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _fp4_experts(model: Model, active: bool) -> Iterator[None]:
+    """While active, routed experts hold their FP4 values; gradients taken then apply to the full-precision weights."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if active and ".ffn.experts." in name:
+                kept.append((parameter, parameter.detach().clone()))
+                packed = quantise_fp4(parameter.flatten(0, 1))
+                parameter.copy_(packed.dense(torch.float32).view_as(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for held, original in kept:
+                held.copy_(original)
+
+
+def _save(
+    path: Path, model: Model, optimizer: Optimizer, sampler: Sampler, config: LoopConfig, progress: _Progress
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "sampler": sampler.state_dict(),
+        "config": asdict(config),
+        "progress": {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds},
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)  # a run killed here leaves the previous state whole
+
+
+def _load(path: Path, model: Model, optimizer: Optimizer, sampler: Sampler, config: LoopConfig) -> _Progress:
+    if not path.exists():
+        raise TrainingError(f"{path} does not exist, so there is nothing to resume; start without --resume")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
+    if changed:
+        raise TrainingError(
+            f"{path} was written with another `{changed[0]}`; resume with the settings it was started with"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    sampler.load_state_dict(state["sampler"])
+    return _Progress(**state["progress"])
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    keys = ("loss", "mtp_loss", "indexer_kl", "captured", "grad_norm", "load_max")
+    shown = " ".join(f"{k} {row[k]:.3f}" for k in keys if k in row)
+    head = f"step {row['step']} {row['progress']:.1%} {row['phase']} lr {row['lr']:.2e}"
+    return f"{head} {shown} {row['tokens_per_s']} tok/s"
