@@ -51,11 +51,17 @@ class KernelTable:
 BACKENDS = ("reference",)
 
 
-@cache
-def kernel_table(backend: str = "auto") -> KernelTable:
-    """The operators of a backend; "auto" takes the fastest one that runs on this machine."""
+def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
+    """The operators of a backend, or the table given; "auto" takes the fastest one that runs on this machine."""
+    if isinstance(backend, KernelTable):
+        return backend
     if backend not in ("auto", *BACKENDS):
         raise KernelError(f"no kernel backend {backend!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
+    return _reference()
+
+
+@cache
+def _reference() -> KernelTable:
     from hadal.kernels.reference import attention, compress, dense, mhc, moe
 
     modules = (attention, compress, dense, mhc, moe)

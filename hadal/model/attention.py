@@ -128,7 +128,9 @@ class Attention(nn.Module):
         qr = self._ops.linear(x_TD, self.wq_a, self._num, quantise_input=quantise)
         qr = self._ops.rms_norm(qr, self.q_norm, self._config.rms_norm_eps)
         q = self._ops.linear(qr, self.wq_b, self._num, quantise_input=quantise)
-        q = self._ops.head_norm(q.view(-1, self._config.num_attention_heads, self._config.head_dim), self._config.rms_norm_eps)
+        q = self._ops.head_norm(
+            q.view(-1, self._config.num_attention_heads, self._config.head_dim), self._config.rms_norm_eps
+        )
         return qr, self._ops.rotate(q, *rope_TR)
 
     def window_kv(self, x_TD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> Tensor:

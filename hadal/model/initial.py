@@ -1,7 +1,7 @@
 """Random initial weights for training from scratch.
 
-The report leaves the initialisation of mHC open; here every block starts close to a plain residual: each site reads the mean
-of the streams, writes its output to all of them with weight one, and leaves the streams unmixed.
+The report leaves the initialisation of mHC open; here every block starts close to a plain residual: each site reads the
+mean of the streams, writes its output to all of them with weight one, and leaves the streams unmixed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _init_module(module: nn.Module, generator: torch.Generator | None) -> None:
     if isinstance(module, StreamCollapse):
         module.base.fill_(math.log(1 / (len(module.base) - 1)))  # sigmoid = 1/N: the mean of the streams
     elif isinstance(module, HyperConnection):
-        n = int(math.isqrt(len(module.base) + 1)) - 1  # (2 + n) n rows
+        n = math.isqrt(len(module.base) + 1) - 1  # (2 + n) n rows
         module.base[:n] = math.log(1 / (n - 1))
         module.base[2 * n :] = (KEEP * torch.eye(n, device=module.base.device)).flatten()
     elif isinstance(module, Gate):

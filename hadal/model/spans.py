@@ -1,6 +1,6 @@
 """Spans: how tokens of many sequences lie end to end in one ragged forward pass, and which blocks they complete.
 
-Legend: T packed tokens, S spans, r block length, R buffer rows (carried tail then new tokens, span after span), B blocks.
+Legend: T packed tokens, S spans, r block length, R buffer rows (carried tail then new tokens per span), B blocks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ class Batch:
     @classmethod
     def from_documents(cls, cu_seqlens: Sequence[int], device: torch.device) -> Batch:
         """Whole documents that begin at position 0 and keep no state; `cu_seqlens` are their borders, 0 first."""
-        borders = zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-        return cls([Span(0, b - a, a, None) for a, b in borders], device)
+        return cls([Span(0, b - a, a, None) for a, b in pairwise(cu_seqlens)], device)
 
     @cached_property
     def positions_T(self) -> Tensor:
@@ -80,7 +80,7 @@ class Batch:
 
 
 def carried_rows(position: int, ratio: int, overlap: bool) -> int:
-    """How many tokens before `position` a compressor still needs: the open block, and the block before it if overlapping."""
+    """How many tokens before `position` a compressor still needs: the open block, and with overlap the one before."""
     return position % ratio + (ratio if overlap and position >= ratio else 0)
 
 

@@ -1,7 +1,8 @@
 """SequenceState: everything a sequence carries from one forward pass to the next.
 
-Per layer: the last window-1 KV entries, the compressed entries, the indexer's keys, and the open tails of the compressors
-(projections of the tokens that have not completed a block, FP32). No tensor here is a view of a prompt's activations.
+Per layer: the last window-1 KV entries, the compressed entries, the indexer's keys, and the open tails of the
+compressors (projections of the tokens that have not completed a block, FP32). No tensor here is a view of a prompt's
+activations.
 
 Legend: K window rows, C entries, R tail rows, D head dim, E compressor width (2D where blocks overlap).
 """

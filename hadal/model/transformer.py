@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hadal.config import ModelConfig
-from hadal.kernels import Numerics, kernel_table
+from hadal.kernels import KernelTable, Numerics, kernel_table
 from hadal.kernels.keys import IndexerLoss
 from hadal.model.attention import TrainingTrace
 from hadal.model.block import Block
@@ -39,7 +40,8 @@ class TrainingOutput:
     """What a training pass gives to the losses.
 
     The hidden states are those after the final norm, so that a loss may fuse the head's product: row i of `hidden_TD`
-    predicts token i+1, row i of `mtp_hidden_TD` token i+2. `routing` lists every MoE layer in order, the MTP block last. `indexer_kl` is the mean over queries and CSA layers; `indexer_captured` is 1 - KL/KL(uniform).
+    predicts token i+1, row i of `mtp_hidden_TD` token i+2. `routing` lists every MoE layer in order, MTP last.
+    `indexer_kl` is the mean over queries and CSA layers, `indexer_captured` is 1 - KL/KL(uniform).
     """
 
     hidden_TD: Tensor
@@ -63,7 +65,9 @@ class TrainingOutput:
 class Model(nn.Module):
     """A V4 model with its draft head; weights are uninitialised until loaded or `init_weights` is called."""
 
-    def __init__(self, config: ModelConfig, numerics: Numerics | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, numerics: Numerics | None = None, backend: str | KernelTable = "auto"
+    ) -> None:
         super().__init__()
         self.config = config
         self.numerics = num = numerics or Numerics()
@@ -75,10 +79,25 @@ class Model(nn.Module):
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         if config.draft == "dspark":
-            stages = [DsparkStage(config, d, num, ops, rope, i) for i, d in enumerate(config.draft_layers)]
-            self.draft = nn.ModuleList(stages)
+            stages = enumerate(config.draft_layers)
+            self.draft = nn.ModuleList(DsparkStage(config, d, num, ops, rope, i) for i, d in stages)
         else:
             self.draft = nn.ModuleList(MtpBlock(config, d, num, ops, rope) for d in config.draft_layers)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The main layers."""
+        return cast(list[Block], list(self.layers))
+
+    @property
+    def mtp_block(self) -> MtpBlock:
+        """The MTP block of a model whose draft head is one."""
+        return cast(MtpBlock, self.draft[0])
+
+    @property
+    def dspark_stages(self) -> list[DsparkStage]:
+        """The stages of a model whose draft head is DSpark."""
+        return cast(list[DsparkStage], list(self.draft))
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +139,7 @@ class Model(nn.Module):
     def streams(
         self, token_ids_T: Tensor | Sequence[int], lengths: Sequence[int], states: Sequence[SequenceState]
     ) -> tuple[Tensor, Tensor | None]:
-        """As `logits_ragged`, but returns the streams [T, N, d] before the head, and the DSpark taps [T, taps*d] if any."""
+        """As `logits_ragged`, but returns the streams [T, N, d] before the head and any DSpark taps [T, taps*d]."""
         ids = self._ids(token_ids_T)
         if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
             raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
@@ -130,15 +149,18 @@ class Model(nn.Module):
             state.position += length
         return x, taps
 
+    @torch.no_grad()
     def head_logits(self, x_TND: Tensor) -> Tensor:
         """FP32 logits [T, V] of the main head."""
         return self._head(self._hidden(x_TND, self.hc_head, self.norm))
 
     @torch.no_grad()
-    def mtp_logits(self, x_TND: Tensor, next_ids_T: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
+    def mtp_logits(
+        self, x_TND: Tensor, next_ids_T: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]
+    ) -> Tensor:
         """MTP logits [T, V]: row i takes the streams at i and token i+1 and predicts token i+2.
 
-        `states` are those the streams came from, already advanced past the given tokens; their draft part advances here.
+        `states` are those the streams came from, already past the given tokens; their draft part advances here.
         """
         spans = Batch.from_states(lengths, states, self.device).spans
         back = [type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans]
@@ -148,10 +170,10 @@ class Model(nn.Module):
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
         """Fill the DSpark windows with committed positions (see `mtp_logits` for `states`); returns main_x [T, d]."""
-        main = self.draft[0].main_hidden(taps_TD)
+        main = self.dspark_stages[0].main_hidden(taps_TD)
         spans = Batch.from_states(lengths, states, self.device).spans
         batch = Batch([type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans], self.device)
-        for i, stage in enumerate(self.draft):
+        for i, stage in enumerate(self.dspark_stages):
             stage.remember(main, batch, [state.draft[i] for state in states])
         return main
 
@@ -165,9 +187,9 @@ class Model(nn.Module):
         ids = torch.full((length,), self.config.dspark_noise_token_id or 0, device=self.device)
         ids[0] = anchor
         x = self._embed(ids)
-        for i, stage in enumerate(self.draft):
+        for i, stage in enumerate(self.dspark_stages):
             x = stage.draft(x, ids, state.position, state.draft[i])
-        last = self.draft[-1]
+        last = self.dspark_stages[-1]
         hidden = last.hc_head(x)
         return hidden, self._head(self.ops.rms_norm(hidden, last.norm, self.config.rms_norm_eps))
 
@@ -196,7 +218,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, list[Routing], Tensor | None]:
         x = self._embed(ids_T)
         routing, taps = [], []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             x, routed = block(x, ids_T, batch, [s.layers[i] if s else None for s in states], trace)
             routing.append(routed)
             if i in self.config.dspark_target_layer_ids:
@@ -206,7 +228,7 @@ class Model(nn.Module):
     def _mtp(
         self, x_TND: Tensor, next_ids_T: Tensor, batch: Batch, trace: TrainingTrace | None
     ) -> tuple[Tensor, Routing]:
-        block = self.draft[0]
+        block = self.mtp_block
         x = block.join(x_TND, F.embedding(next_ids_T, self.embed).to(self.numerics.dtype))
         x, routing = block(x, next_ids_T, batch, [s.state.draft[0] if s.state else None for s in batch.spans], trace)
         return self._hidden(x, block.hc_head, block.norm), routing
@@ -229,7 +251,9 @@ class Model(nn.Module):
             raise InputError(f"token ids must be a non-empty list of integers, not shape {tuple(ids.shape)}")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
-            raise InputError(f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}")
+            raise InputError(
+                f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}"
+            )
         return ids
 
 

@@ -1,11 +1,12 @@
 """Attention over [window | compressed entries] with a sink, for one span of tokens of one sequence.
 
-Two forms compute the same function. `attend` walks over query chunks and multiplies whole key ranges, so memory grows with
-the span and never with span x context. `attend_listed` gathers each query's own key list and rounds exactly where the
-official kernel does (online softmax over blocks of 64 list entries, P rounded to BF16 against the running maximum).
+Two forms compute the same function. `attend` walks over query chunks and multiplies whole key ranges, so memory grows
+with the span and never with span x context. `attend_listed` gathers each query's own key list and rounds exactly
+where the official kernel does (online softmax over blocks of 64 list entries, P rounded to BF16 against the running
+maximum).
 
-Legend: T query tokens of the span, H heads, D head dim, K window rows (history then span), C compressed entries visible to
-the span's last token, L list slots. Source: report 2.3.3, spec architecture 2.5-2.7.
+Legend: T query tokens of the span, H heads, D head dim, K window rows (history then span), C compressed entries
+visible to the span's last token, L list slots. Source: report 2.3.3, spec architecture 2.5-2.7.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LIST_BLOCK = 64  # list entries per step of the official online softmax
 
 def attend(q_THD: Tensor, keys: Attended, sink_H: Tensor, num: Numerics, loss: IndexerLoss | None = None) -> Tensor:
     """Attention output [T, H, D] before the inverse rotation; `loss` collects the indexer objective when given."""
-    total, heads, dim = q_THD.shape
+    total, heads, _ = q_THD.shape
     span = keys.window_KD.shape[0] if keys.full_block else CHUNK + keys.window
     n_entries = keys.entries_CD.shape[0] if keys.entries_CD is not None else 0
     chunk = max(1, min(CHUNK, total, CHUNK_LOGITS // (heads * (span + n_entries))))

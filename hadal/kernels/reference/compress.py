@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 
-def pool_blocks(kv_RE: Tensor, score_RE: Tensor, rows_Br: Tensor, previous_Br: Tensor | None, has_previous_B: Tensor | None) -> Tensor:
+def pool_blocks(
+    kv_RE: Tensor, score_RE: Tensor, rows_Br: Tensor, previous_Br: Tensor | None, has_previous_B: Tensor | None
+) -> Tensor:
     """Pool each block by a per-channel softmax over its slots, in FP32 -> [B, D].
 
-    With `previous_Br` (overlap, E = 2D) entry i pools the first half of block i-1's channels and the second half of block
-    i's; blocks without a predecessor see score -inf there.
+    With `previous_Br` (overlap, E = 2D) entry i pools the first half of block i-1's channels and the second half of
+    block i's; blocks without a predecessor see score -inf there.
     """
     if previous_Br is None:
         kv, score = kv_RE[rows_Br], score_RE[rows_Br]

@@ -62,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of the last dim (a power of two): FP32 butterfly, one rounding at the end."""
+    """Orthonormal Walsh-Hadamard transform of the last dim (a power of two): FP32 butterfly, one rounding."""
     size = x.shape[-1]
     y = x.float()
     step = 1
@@ -71,7 +71,8 @@ def hadamard(x: Tensor) -> Tensor:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         step *= 2
-    return (y * size**-0.5).to(x.dtype)
+    out: Tensor = (y * size**-0.5).to(x.dtype)
+    return out
 
 
 def quantise_kv(kv: Tensor, rotary: int) -> Tensor:

@@ -32,7 +32,15 @@ def routing_weights(scores_TE: Tensor, ids_TK: Tensor, scale: float) -> Tensor:
 
 
 def swiglu(
-    x: Tensor, w1: Weight, w2: Weight, w3: Weight, num: Numerics, *, limit: float, quantise_input: bool, weight: Tensor | None
+    x: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    num: Numerics,
+    *,
+    limit: float,
+    quantise_input: bool,
+    weight: Tensor | None,
 ) -> Tensor:
     """One clamped SwiGLU expert [rows, d] -> [rows, d]; `weight` [rows, 1] multiplies before w2, in FP32."""
     gate = linear(x, w1, num, quantise_input=quantise_input).float().clamp(max=limit)
