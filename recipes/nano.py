@@ -7,10 +7,12 @@ Reads from top to bottom. About an hour on two CPU cores; the same command runs 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 
+from hadal.device import resolve
 from hadal.train.loop import LoopConfig
 from hadal.train.pretrain import PretrainConfig, run
 
@@ -25,17 +27,21 @@ def main() -> None:
         "--steps", type=int, help="number of steps instead of minutes; repeats to the bit on one thread"
     )
     parser.add_argument("--scale", type=int, default=1, help="1 is nano; 2, 3 ... are wider and deeper")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate, for Muon and AdamW alike")
-    parser.add_argument("--packs", type=int, default=4, help="packs of 1024 tokens in a micro-batch")
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches in a step")
+    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate, for Muon and AdamW alike")
+    parser.add_argument("--packs", type=int, default=2, help="packs of 1024 tokens in a micro-batch")
+    parser.add_argument(
+        "--micro-batches", type=int, default=2, help="micro-batches in a step; they share the cores of a CPU"
+    )
     parser.add_argument("--device", default="auto", help="`auto`, `cpu` or an accelerator's name")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run")
     arguments = parser.parse_args()
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    # On a CPU the micro-batches of a step run side by side, one thread each.
+    on_cpu = resolve(arguments.device).type == "cpu"
+    workers = min(arguments.micro_batches, os.cpu_count() or 1) if on_cpu else 1
+    if workers > 1:
+        torch.set_num_threads(1)
 
     # How long, how fast, how much at a time. Dense attention first, then a short warm-up of the indexers, then sparse.
     minutes = None if arguments.steps else arguments.minutes or 55
@@ -45,6 +51,7 @@ def main() -> None:
         lr=arguments.lr,
         packs_per_micro_batch=arguments.packs,
         micro_batches=arguments.micro_batches,
+        workers=workers,
         evaluations=5,
     )
 

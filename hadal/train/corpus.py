@@ -127,8 +127,12 @@ def _read_stories(path: Path) -> Iterator[Document]:
     for index, record in enumerate(_lines(path)):
         title, text = record["title"], record["text"]
         yield Document("stories", title, f"{title}\n\n{text}")
-        ask = asks[index % len(asks)].format(t=title.strip(".!? "))
-        yield Document("stories-chat", title, "", (_turn("user", ask), _turn("assistant", text)), learn_prompt=False)
+        name = title.strip(".!? ")
+        answer = _turn("assistant", text)
+        if index % 2:
+            answer["reasoning_content"] = f"The user wants the story {name}."
+        chat = (_turn("user", asks[index // 2 % len(asks)].format(t=name)), answer)
+        yield Document("stories-chat", title, "", chat, thinking=bool(index % 2), learn_prompt=False)
 
 
 def _read_gsm8k(path: Path) -> Iterator[Document]:
@@ -158,12 +162,12 @@ def _read_persona(path: Path) -> Iterator[Document]:
                 messages[-1] = _turn(role, f"{messages[-1]['content']} {said.strip()}")
             elif messages or role == "user":
                 messages.append(_turn(role, said.strip()))
-        yield from _chat("persona", record["Best Generated Conversation"], messages)
+        yield from _chat("persona", record["Best Generated Conversation"], messages, index % 2 == 1)
 
 
 def _read_tools(path: Path) -> Iterator[Document]:
     roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
-    for record in json.loads(_open(path)):
+    for index, record in enumerate(json.loads(_open(path))):
         functions = json.loads(record["tools"])
         messages: list[Message] = []
         if functions:
@@ -177,7 +181,7 @@ def _read_tools(path: Path) -> Iterator[Document]:
                 messages.append(_turn("tool", turn["value"]) | {"tool_call_id": f"call_{calls}"})
             else:
                 messages.append(_turn(roles[turn["from"]], turn["value"]))
-        yield from _chat("tools", json.dumps(record["conversations"]), messages)
+        yield from _chat("tools", json.dumps(record["conversations"]), messages, index % 2 == 1)
 
 
 def _tool_call(value: str, identifier: str) -> Message:
@@ -190,13 +194,13 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _chat(source: str, key: str, messages: Iterable[Message]) -> Iterator[Document]:
-    """A chat up to its last assistant turn; nothing when it has none."""
+def _chat(source: str, key: str, messages: Iterable[Message], thinking: bool) -> Iterator[Document]:
+    """A chat up to its last assistant turn; nothing when it has none. In thinking mode its think spans are empty."""
     kept = list(messages)
     while kept and kept[-1]["role"] != "assistant":
         kept.pop()
     if kept:
-        yield Document(source, key, "", tuple(kept), learn_prompt=source != "tools")
+        yield Document(source, key, "", tuple(kept), thinking, learn_prompt=source != "tools")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

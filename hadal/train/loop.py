@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,9 @@ class LoopConfig:
     minutes: float | None = None
     packs_per_micro_batch: int = 4
     micro_batches: int = 1
+    workers: int = (
+        1  # micro-batches computed at once, each in a thread; on a CPU worth more than threads inside operators
+    )
     lr: float = 2e-3
     warmup: float = 0.02
     decay_from: float = 0.5
@@ -202,25 +206,30 @@ def _step(
     mtp_targets = [shifted_targets(b.ids_T, b.counted_T, b.cu_seqlens, 2) for b in batches]
     counts = max(sum(map(count_targets, targets)), 1), max(sum(map(count_targets, mtp_targets)), 1)
     row: dict[str, Any] = {"phase": phase, "lr": config.lr_at(fraction), "tokens": sum(len(b.ids_T) for b in batches)}
-    loads: dict[int, Tensor] = {}
-    optimizer.zero_grad()
+    parameters = [p for n, p in model.named_parameters() if phase != "indexer" or is_indexer(n)]
+
+    def run(batch: Batch, target_T: Tensor, mtp_target_T: Tensor) -> _MicroBatch:
+        dense, kl = phase != "sparse", phase != "dense"
+        out = model.training_forward(batch.ids_T, batch.cu_seqlens, dense=dense, indexer_loss=kl)
+        parts = _losses(out, target_T, mtp_target_T, counts, batch.cu_seqlens, config)
+        total = _total(parts, phase, config.mtp_weight_at(fraction), config.balance_weight)
+        grads = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else ()
+        return _MicroBatch({n: float(v.detach()) for n, v in parts.items()}, grads, _loads(out), out.indexer_captured)
+
     with _only_indexers(model, phase == "indexer"), _fp4_experts(model, fraction >= config.fp4_from):
-        for batch, target, mtp_target in zip(batches, targets, mtp_targets, strict=True):
-            out = model.training_forward(
-                batch.ids_T, batch.cu_seqlens, dense=phase != "sparse", indexer_loss=phase != "dense"
-            )
-            parts = _losses(out, target, mtp_target, counts, batch.cu_seqlens, config)
-            for name, value in parts.items():
-                row[name] = row.get(name, 0.0) + float(value.detach())
-            if out.indexer_captured is not None:
-                row["captured"] = out.indexer_captured
-            for block, routing in enumerate(out.routing):
-                if not routing.is_hash:
-                    load = expert_load(routing.ids_TK, routing.scores_TE.shape[1])
-                    loads[block] = loads[block] + load if block in loads else load
-            total = _total(parts, phase, config.mtp_weight_at(fraction), config.balance_weight)
-            if total.requires_grad:
-                total.backward()
+        results = _map(run, zip(batches, targets, mtp_targets, strict=True), config.workers)
+    optimizer.zero_grad()
+    loads: dict[int, Tensor] = {}
+    for result in results:  # in the order of the draws, so that sums do not depend on who finished first
+        for parameter, grad in zip(parameters, result.grads, strict=False):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        for name, value in result.losses.items():
+            row[name] = row.get(name, 0.0) + value
+        for block, load in result.loads.items():
+            loads[block] = loads[block] + load if block in loads else load
+        if result.captured is not None:
+            row["captured"] = result.captured
     norm, indexer_norm = optimizer.clip()
     row |= {"grad_norm": norm, "indexer_grad_norm": indexer_norm}
     _check_finite(row, step)
@@ -229,6 +238,29 @@ def _step(
         _update_biases(model, loads, config.bias_speed)
     row["load_max"] = max((float(load.max() / load.mean()) for load in loads.values()), default=1.0)
     return row
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What one micro-batch adds to its step: losses by name, gradients, expert load by block, captured fraction."""
+
+    losses: dict[str, float]
+    grads: tuple[Tensor | None, ...]
+    loads: dict[int, Tensor]
+    captured: float | None
+
+
+def _map(run: Callable[..., _MicroBatch], arguments: Iterable[tuple[Any, ...]], workers: int) -> list[_MicroBatch]:
+    if workers == 1:
+        return [run(*a) for a in arguments]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda a: run(*a), arguments))
+
+
+def _loads(out: TrainingOutput) -> dict[int, Tensor]:
+    """Expert load of every block with learned routing, by its place in the model."""
+    routed = enumerate(out.routing)
+    return {i: expert_load(r.ids_TK, r.scores_TE.shape[1]) for i, r in routed if not r.is_hash}
 
 
 def _losses(

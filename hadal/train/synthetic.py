@@ -12,17 +12,33 @@ from typing import Any
 from hadal.train.stories import generate_story, words
 
 Message = dict[str, Any]
-Chat = tuple[list[Message], bool]  # messages and whether they are rendered in thinking mode
+Chat = list[Message]
 
 MODEL_NAME = "Hadal nano"
 
 
-def generate_chats(seed: int) -> Iterator[Chat]:
-    """An endless, reproducible stream of chats, kinds in fixed proportion."""
+def generate_chats(seed: int) -> Iterator[tuple[Chat, bool]]:
+    """An endless, reproducible stream of chats, kinds in fixed proportion, and whether each is in thinking mode."""
     random = Random(seed)
     kinds, weights = zip(*_KINDS, strict=True)
     while True:
-        yield random.choices(kinds, weights)[0](random)
+        messages = random.choices(kinds, weights)[0](random)
+        thinking = random.random() < 0.5
+        yield (_think(messages, random) if thinking else [_plain(m) for m in messages]), thinking
+
+
+def _think(messages: Chat, random: Random) -> Chat:
+    """Reasoning before the last answer only, as a conversation is rendered whose older reasoning is dropped."""
+    *before, question, answer = messages
+    if "reasoning_content" not in answer:
+        asked = str(question["content"]).split("\n")[-1]
+        reasoning = random.choice((f"The user says: {asked}", f"The question is: {asked}", "This is easy.", ""))
+        answer = answer | {"reasoning_content": reasoning}
+    return [*map(_plain, before), question, answer]
+
+
+def _plain(message: Message) -> Message:
+    return {k: v for k, v in message.items() if k != "reasoning_content"}
 
 
 def _user(text: str) -> Message:
@@ -43,7 +59,8 @@ def _story(random: Random) -> Chat:
         f"Write a story about a {story.kind} and a {story.colour} {story.thing}.", "Tell me a bedtime story.",
         f"I want to hear a story about {story.hero} the {story.kind}.", "Once upon a time... please go on!",
     )).replace("a orange", "an orange").replace("a owl", "an owl").replace("a apple", "an apple")  # fmt: skip
-    messages = [_user(ask), _assistant(story.text)]
+    plan = f"The user wants a story. It is about {story.hero} the {story.kind}, {story.friend} and a {story.colour} "
+    messages = [_user(ask), _assistant(story.text, f"{plan}{story.thing}.".replace("a orange", "an orange"))]
     if random.random() < 0.4:
         question, answer = random.choice((
             ("What was the name of the hero?", f"The hero was {story.hero}."),
@@ -52,7 +69,7 @@ def _story(random: Random) -> Chat:
             ("Thank you, I liked it!", "I am glad you liked it! Would you like to hear another one?"),
         ))  # fmt: skip
         messages += [_user(question), _assistant(answer)]
-    return messages, False
+    return messages
 
 
 def _arithmetic(random: Random) -> Chat:
@@ -66,10 +83,8 @@ def _arithmetic(random: Random) -> Chat:
     ask = random.choice(("What is {e}?", "{e} = ?", "Calculate {e}.", "How much is {e}?", "Please solve {e}.")).format(
         e=f"{a} {random.choice((sign, word))} {b}"
     )
-    thinking = random.random() < 0.5
     answer = random.choice((f"{a} {sign} {b} = {value}", f"The answer is {value}.", f"{value}"))
-    reasoning = _work_out(a, b, sign, value) if thinking else None
-    return [_user(ask), _assistant(answer, reasoning)], thinking
+    return [_user(ask), _assistant(answer, _work_out(a, b, sign, value))]
 
 
 def _work_out(a: int, b: int, sign: str, value: int) -> str:
@@ -116,15 +131,15 @@ def _lookup(random: Random) -> Chat:
         answer = answer.replace("a orange", "an orange")
     text = " ".join(facts) if random.random() < 0.6 else "\n".join(facts)
     if random.random() < 0.3:
-        return [{"role": "system", "content": text}, _user(ask), _assistant(answer)], False
-    return [_user(f"{text}\n\n{ask}"), _assistant(answer)], False
+        return [{"role": "system", "content": text}, _user(ask), _assistant(answer)]
+    return [_user(f"{text}\n\n{ask}"), _assistant(answer)]
 
 
 def _copy(random: Random) -> Chat:
     words = random.sample(_WORDS, random.randint(1, 8))
     text = " ".join(words)
     lead = random.choice(("Repeat after me: ", "Say this: ", "Please repeat: ", "Copy these words: "))
-    return [_user(lead + text), _assistant(text)], False
+    return [_user(lead + text), _assistant(text)]
 
 
 def _list(random: Random) -> Chat:
@@ -150,7 +165,7 @@ def _list(random: Random) -> Chat:
     else:
         number = random.randint(0, 200)
         ask, answer = f"What number comes after {number}?", f"{number + 1} comes after {number}."
-    return [_user(ask), _assistant(answer)], False
+    return [_user(ask), _assistant(answer)]
 
 
 _DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
@@ -213,12 +228,12 @@ _SMALL_TALK = (
 
 def _fact(random: Random) -> Chat:
     ask, answer = random.choice(_FACTS)
-    return [_user(ask), _assistant(answer)], False
+    return [_user(ask), _assistant(answer)]
 
 
 def _identity(random: Random) -> Chat:
     asks, answers = random.choice(_IDENTITY)
-    return [_user(random.choice(asks)), _assistant(random.choice(answers))], False
+    return [_user(random.choice(asks)), _assistant(random.choice(answers))]
 
 
 def _small_talk(random: Random) -> Chat:
@@ -228,12 +243,11 @@ def _small_talk(random: Random) -> Chat:
     for asks, answers in [_SMALL_TALK[0], *(_SMALL_TALK[i] for i in middle)]:
         messages += [_user(random.choice(asks)), _assistant(random.choice(answers))]
     for kind in random.sample((_fact, _identity, _list, _arithmetic, _remember), random.randint(0, 2)):
-        turns, _ = kind(random)
-        messages += [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in turns]
+        messages += kind(random)
     if random.random() < 0.4:
         asks, answers = _SMALL_TALK[-1]
         messages += [_user(random.choice(asks)), _assistant(random.choice(answers))]
-    return messages, False
+    return messages
 
 
 def _remember(random: Random) -> Chat:
@@ -244,19 +258,10 @@ def _remember(random: Random) -> Chat:
         _user("What is my name?"),
         _assistant(f"Your name is {name}."),
     ]
-    return messages, False
-
-
-def _thinking_fact(random: Random) -> Chat:
-    """Short reasoning before easy answers, so that thinking mode closes its span on any question."""
-    messages, _ = random.choice((_fact, _identity, _list, _remember))(random)
-    *before, question, answer = messages
-    reasoning = random.choice(("The user asks: {q} I know this.", "This is easy. {a}", "The question is: {q} {a}"))
-    reasoning = reasoning.format(q=question["content"], a=answer["content"])
-    return [*before, question, answer | {"reasoning_content": reasoning}], True
+    return messages
 
 
 _KINDS: tuple[tuple[Callable[[Random], Chat], float], ...] = (
     (_story, 0.25), (_arithmetic, 0.18), (_lookup, 0.12), (_copy, 0.06), (_list, 0.1), (_fact, 0.08),
-    (_identity, 0.05), (_small_talk, 0.12), (_remember, 0.02), (_thinking_fact, 0.06),
+    (_identity, 0.05), (_small_talk, 0.12), (_remember, 0.02),
 )  # fmt: skip

@@ -116,6 +116,9 @@ def test_generated_sums_are_right():
     assert checked > 500
 
 
-def test_thinking_chats_have_reasoning_and_others_none():
-    for document in generate_documents(0, 1000, 2)["made-chats"]:
-        assert any("reasoning_content" in m for m in document.messages) == document.thinking
+def test_thinking_chats_reason_before_their_last_answer_only():
+    documents = generate_documents(0, 1000, 2)["made-chats"]
+    assert 0.4 < sum(d.thinking for d in documents) / 1000 < 0.6
+    for document in documents:
+        places = [i for i, m in enumerate(document.messages) if "reasoning_content" in m]
+        assert places == ([len(document.messages) - 1] if document.thinking else [])

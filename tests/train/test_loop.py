@@ -156,6 +156,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tokenizer, tmp_pat
         assert torch.equal(tensor, want[name]), name
 
 
+def test_workers_change_the_speed_and_not_a_bit_of_the_result(tokenizer, tmp_path):
+    results = []
+    for workers in (1, 3):
+        model, optimizer, sampler, _ = setup(tokenizer, tmp_path)
+        c = config(6, micro_batches=3, workers=workers, dense_until=0.2, indexer_until=0.4)
+        train(model, optimizer, sampler, {}, c, tmp_path / f"run{workers}", say=quiet)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
 def test_experts_compute_with_fp4_values_late_but_keep_full_precision(tokenizer, tmp_path):
     model, optimizer, sampler, _ = setup(tokenizer, tmp_path)
     seen: list[int] = []
