@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--scale", type=int, default=1, help="1 is nano; 2, 3 ... are wider and deeper")
     parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate, for Muon and AdamW alike")
-    parser.add_argument("--packs", type=int, default=2, help="packs of 1024 tokens in a micro-batch")
+    parser.add_argument("--packs", type=int, default=1, help="packs of 1024 tokens in a micro-batch")
     parser.add_argument(
         "--micro-batches", type=int, default=2, help="micro-batches in a step; they share the cores of a CPU"
     )
