@@ -11,10 +11,10 @@ serve: $(VENV)/.installed
 	$(BIN)/hadal serve $(MODEL) --port $(PORT)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-all: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
