@@ -151,9 +151,9 @@ def test_doctor_names_versions_and_memory() -> None:
         (("generate", "x", "--device", "abacus"), "unknown device 'abacus'"),
         (("chat", "--mode", "exact"), "unknown mode 'exact'"),
         (("inspect", "/no/such/place"), "/no/such/place"),
-        (("convert", "/no/such/place", "/tmp/never"), "/no/such/place"),
-        (("train", "/tmp/never", "--corpus", "/no/such/place"), "/no/such/place"),
-        (("train", "/tmp/never", "--steps", "1", "--minutes", "1"), "either"),
+        (("convert", "/no/such/place", "never"), "/no/such/place"),
+        (("train", "never", "--corpus", "/no/such/place"), "/no/such/place"),
+        (("train", "never", "--steps", "1", "--minutes", "1"), "either"),
     ],
 )
 def test_errors_are_one_sentence_with_exit_code_2(args: tuple[str, ...], words: str) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .prompts import PromptTexts, fill_template
-from .tokens import (
+from hadal.text.prompts import PromptTexts, fill_template
+from hadal.text.tokens import (
     ASSISTANT,
     BOS,
     DSML,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from .tokens import DSML, THINK_CLOSE, THINK_OPEN
+from hadal.text.tokens import DSML, THINK_CLOSE, THINK_OPEN
 
 Rules = Literal["preview", "0731"]
 ENCODING_FILE = "encoding/encoding_dsv4.py"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .stops import partial_suffix
-from .tokens import DSML, EOS, THINK_CLOSE, THINK_OPEN
+from hadal.text.stops import partial_suffix
+from hadal.text.tokens import DSML, EOS, THINK_CLOSE, THINK_OPEN
 
 _CALLS_OPEN = f"<{DSML}tool_calls>"
 _CALLS_CLOSE = f"</{DSML}tool_calls>"

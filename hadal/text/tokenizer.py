@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .tokens import BOS, CONTROL_TOKENS, EOS, FLAGGED_SPECIAL
+from hadal.text.tokens import BOS, CONTROL_TOKENS, EOS, FLAGGED_SPECIAL
 
 # Splits of the V3 vocabulary, each isolated: digits by threes, runs of CJK and kana, then the alternation of
 # punctuation + Latin letters, one leading mark + letters, punctuation with its line ends, line ends, spaces (spec 7.1).

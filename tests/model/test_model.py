@@ -11,7 +11,7 @@ from hadal.config import preset
 from hadal.model import InputError, Model, Numerics, SequenceState
 
 # Every token uses every expert, so that no choice between nearly equal routes can fall differently when sums are
-# ordered differently. The indexer does choose; where two of its scores differ by an ulp, a few rows may differ (assert_same).
+# ordered differently. The indexer does choose: where two of its scores differ by an ulp, a few rows may differ.
 CONFIG = preset("nano").replace(
     vocab_size=97, hidden_size=64, moe_intermediate_size=32, num_attention_heads=2, head_dim=32, qk_rope_head_dim=16,
     q_lora_rank=32, o_lora_rank=16, index_n_heads=8, index_head_dim=32, index_topk=8, sliding_window=16,

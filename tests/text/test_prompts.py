@@ -59,20 +59,20 @@ def test_an_altered_sentence_is_named_with_file_hash_and_remedy(tmp_path: Path) 
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PromptTextError, match="does not exist.*copy"):
+    with pytest.raises(PromptTextError, match=r"does not exist.*copy"):
         read_prompt_texts(tmp_path, "preview")
     for source in ("def (", "(" * 5000, "x = '\0'"):
         write(tmp_path, source)
-        with pytest.raises(PromptTextError, match="not readable as Python.*copy"):
+        with pytest.raises(PromptTextError, match=r"not readable as Python.*copy"):
             read_prompt_texts(tmp_path, "preview")
     write(tmp_path, "x = 1")
-    with pytest.raises(PromptTextError, match="unknown chat rules '0813'"):
+    with pytest.raises(PromptTextError, match=r"unknown chat rules '0813'"):
         read_prompt_texts(tmp_path, "0813")  # type: ignore[arg-type]
 
 
 def test_a_template_with_other_fields_is_refused(tmp_path: Path) -> None:
     for template in ("{tool_schemas} {0}", "{other}{tool_schemas}", "none", "{tool_schemas}{tool_schemas}"):
-        with pytest.raises(PromptTextError, match="must hold {tool_schemas} once"):
+        with pytest.raises(PromptTextError, match=r"must hold \{tool_schemas\} once"):
             PromptTexts({"high": ""}, "high", template, "{schema}")
 
 
