@@ -141,7 +141,7 @@ def test_indexer_objective_is_the_kl_over_the_chosen_entries():
             mass += (weights / (weights.sum() + math.exp(sink[h])))[len(rows) :]
         teacher = mass / mass.sum()
         scores = [
-            (index.q_THD[t].double() @ index.keys_CD[j].double()).clamp(min=0) @ index.weight_TH[t].double()
+            (index.q_THD[t].detach().double() @ index.keys_CD[j].double()).clamp(min=0) @ index.weight_TH[t].double()
             for j in picks
         ]
         student = torch.stack(scores).log_softmax(0)
