@@ -34,6 +34,14 @@ class RopeScaling:
     beta_slow: float = 1
     type: str = "yarn"
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise ConfigError(f"`rope_scaling.{name}` is {value!r}; it must be a positive number")
+        if self.type != "yarn":
+            raise ConfigError(f"`rope_scaling.type` is {self.type!r}; V4's compressed layers use 'yarn'")
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -195,7 +203,7 @@ def _validate(c: ModelConfig) -> None:
 
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        if field.type == "int":
+        if field.type == "int" or (field.type == "int | None" and value is not None):
             need(isinstance(value, int) and not isinstance(value, bool), f"`{field.name}` is {value!r}, not an integer")
             zero_ok = field.name in ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
             need(

@@ -27,13 +27,13 @@ class KernelTable:
     rms_norm: Operator
     head_norm: Operator
     rotate: Operator
-    hadamard: Operator
     quantise_kv: Operator
     stream_maps: Operator
     collapse_map: Operator
     mix_in: Operator
     mix_out: Operator
     pool_blocks: Operator
+    encode_index: Operator
     attend: Operator
     attend_listed: Operator
     affinities: Operator

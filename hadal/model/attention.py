@@ -6,29 +6,16 @@ Source: report 2.3, spec architecture 2.2-2.8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from hadal.config import LayerSpec, ModelConfig
-from hadal.kernels import KernelTable, Numerics
-from hadal.kernels.keys import Attended, IndexerLoss, IndexQuery
+from hadal.kernels import Attended, IndexerLoss, IndexQuery, KernelTable, Numerics
 from hadal.model.compress import Compressor
-from hadal.model.rope import RopeTable
 from hadal.model.spans import Batch, Span
 from hadal.model.state import LayerState, Tail
-from hadal.quant import fake_quant_fp4
-
-
-@dataclass(frozen=True)
-class IndexInputs:
-    """The indexer's packed queries and weights, and the keys each span may choose from."""
-
-    q_THD: Tensor
-    weight_TH: Tensor
-    keys: list[Tensor]
-    topk: int
 
 
 @dataclass
@@ -42,40 +29,38 @@ class TrainingTrace:
 class Indexer(nn.Module):
     """Lightning indexer: scores compressed entries for each token with few, small, FP4-rounded heads."""
 
-    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable) -> None:
         super().__init__()
         heads, dim = config.index_n_heads, config.index_head_dim
         self.wq_b = nn.Parameter(torch.empty(heads * dim, config.q_lora_rank))
         self.weights_proj = nn.Parameter(torch.empty(heads, config.hidden_size))
-        self.compressor = Compressor(config, layer, dim, ops, rope)
+        self.compressor = Compressor(config, layer, dim, ops)
         self._config, self._layer, self._num, self._ops = config, layer, num, ops
 
     def forward(
         self, x_TD: Tensor, qr_TQ: Tensor, rope_TR: tuple[Tensor, Tensor], batch: Batch, states: list[LayerState | None]
-    ) -> IndexInputs:
-        """Queries from the attention's latent, weights from the hidden state, keys from the own compressor."""
+    ) -> list[IndexQuery]:
+        """Per span: queries from the attention's latent, weights from the hidden state, keys of the own compressor."""
         heads, dim = self._config.index_n_heads, self._config.index_head_dim
         q = self._ops.linear(qr_TQ, self.wq_b, self._num, quantise_input=self._num.dense_inputs)
-        q = self._ops.rotate(q.view(-1, heads, dim), *rope_TR)
+        q = self._ops.encode_index(self._ops.rotate(q.view(-1, heads, dim), *rope_TR), self._num)
         weight = self._ops.linear(x_TD, self.weights_proj, self._num, quantise_input=False) * (dim**-0.5 * heads**-0.5)
-        keys, plan = self.compressor(x_TD, batch, [s.index_tail if s else None for s in states])
-        split = list(self._encode(keys).split(plan.count))
+        new, plan = self.compressor(x_TD, batch, [s.index_tail if s else None for s in states])
+        keys = list(self._ops.encode_index(new, self._num).split(plan.count))
         for i, state in enumerate(states):
             if state is not None:
                 assert state.index_keys is not None
-                state.index_keys.append(split[i])
-                split[i] = state.index_keys.rows
-        return IndexInputs(self._encode(q), weight, split, self._config.index_topk)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        # Orthonormal, so it only matters together with the FP4 rounding that follows it.
-        return fake_quant_fp4(self._ops.hadamard(x)) if self._num.fake_quant else self._ops.hadamard(x)
+                state.index_keys.append(keys[i])
+                keys[i] = state.index_keys.rows
+        lengths = [span.length for span in batch.spans]
+        parts = zip(q.split(lengths), weight.split(lengths), keys, strict=True)
+        return [IndexQuery(*part, self._config.index_topk) for part in parts]
 
 
 class Attention(nn.Module):
     """One layer's attention, for window-only, CSA and HCA layers alike."""
 
-    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable) -> None:
         super().__init__()
         c, groups = config, config.o_groups
         self.wq_a = nn.Parameter(torch.empty(c.q_lora_rank, c.hidden_size))
@@ -86,9 +71,9 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(c.num_attention_heads))
         self.wo_a = nn.Parameter(torch.empty(groups * c.o_lora_rank, c.num_attention_heads * c.head_dim // groups))
         self.wo_b = nn.Parameter(torch.empty(c.hidden_size, groups * c.o_lora_rank))
-        self.compressor = Compressor(c, layer, c.head_dim, ops, rope) if layer.ratio else None
-        self.indexer = Indexer(c, layer, num, ops, rope) if layer.attention == "csa" else None
-        self._config, self._layer, self._num, self._ops, self._rope = config, layer, num, ops, rope
+        self.compressor = Compressor(c, layer, c.head_dim, ops) if layer.ratio else None
+        self.indexer = Indexer(c, layer, num, ops) if layer.attention == "csa" else None
+        self._config, self._layer, self._num, self._ops = config, layer, num, ops
 
     def forward(
         self, x_TD: Tensor, batch: Batch, states: list[LayerState | None], trace: TrainingTrace | None = None
@@ -101,26 +86,20 @@ class Attention(nn.Module):
         entries = self._entries(x_TD, batch, states)
         # split, not slices: its gradient is one concatenation, whatever the number of documents
         lengths = [span.length for span in batch.spans]
-        queries, windows = q_THD.split(lengths), kv_TD.split(lengths)
-        index_q, index_w = (index.q_THD.split(lengths), index.weight_TH.split(lengths)) if index else ((), ())
         parts = []
-        for i, span in enumerate(batch.spans):
-            query = None
-            if index is not None and not (trace is not None and trace.dense and trace.indexer_loss is None):
-                topk = index.keys[i].shape[0] if trace is not None and trace.dense else index.topk
-                query = IndexQuery(index_q[i], index_w[i], index.keys[i], topk)
-            window, history = self._window(windows[i], span, states[i])
+        for i, (span, q, kv) in enumerate(zip(batch.spans, q_THD.split(lengths), kv_TD.split(lengths), strict=True)):
+            window, history = self._window(kv, span, states[i])
             keys = Attended(
                 window, entries[i] if entries else None, span.start, history, self._config.sliding_window,
-                self._layer.ratio, query,
+                self._layer.ratio, index[i] if index else None,
             )  # fmt: skip
-            parts.append(self.attend(queries[i], keys, trace.indexer_loss if trace else None))
+            parts.append(self.attend(q, keys, trace.indexer_loss if trace else None))
         o_THD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.project_out(o_THD, rope_TR)
 
     def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin of the batch's positions in this layer's RoPE regime."""
-        return self._rope.at(self._layer, batch.positions_T, max(span.end for span in batch.spans))
+        return batch.angles(self._config, self._layer)
 
     def queries(self, x_TD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The query latent [T, Q] and the normed, rotated heads [T, H, D]."""
@@ -165,12 +144,13 @@ class Attention(nn.Module):
     def _index(
         self, x_TD: Tensor, qr_TQ: Tensor, rope_TR: tuple[Tensor, Tensor], batch: Batch,
         states: list[LayerState | None], trace: TrainingTrace | None,
-    ) -> IndexInputs | None:  # fmt: skip
-        if self.indexer is None:
+    ) -> list[IndexQuery] | None:  # fmt: skip
+        dense = trace is not None and trace.dense
+        if self.indexer is None or (dense and trace is not None and trace.indexer_loss is None):
             return None
         # The indexer learns from its own objective alone, so nothing flows back through its inputs.
-        inputs: IndexInputs = self.indexer(x_TD.detach(), qr_TQ.detach(), rope_TR, batch, states)
-        return inputs
+        queries: list[IndexQuery] = self.indexer(x_TD.detach(), qr_TQ.detach(), rope_TR, batch, states)
+        return [replace(q, topk=q.keys_CD.shape[0]) for q in queries] if dense else queries
 
     def _entries(self, x_TD: Tensor, batch: Batch, states: list[LayerState | None]) -> list[Tensor] | None:
         if self.compressor is None:

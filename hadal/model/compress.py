@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels import KernelTable
-from hadal.model.rope import RopeTable
+from hadal.model.rope import angles
 from hadal.model.spans import Batch, BlockPlan
 from hadal.model.state import Tail
 
@@ -19,7 +19,7 @@ from hadal.model.state import Tail
 class Compressor(nn.Module):
     """Weights of one compressor and the rule from hidden states to rotated, not yet quantised, entries."""
 
-    def __init__(self, config: ModelConfig, layer: LayerSpec, dim: int, ops: KernelTable, rope: RopeTable) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerSpec, dim: int, ops: KernelTable) -> None:
         super().__init__()
         self.overlap = layer.attention == "csa"
         width = dim * (2 if self.overlap else 1)
@@ -27,7 +27,7 @@ class Compressor(nn.Module):
         self.wgate = nn.Parameter(torch.empty(width, config.hidden_size))
         self.ape = nn.Parameter(torch.empty(layer.ratio, width))
         self.norm = nn.Parameter(torch.empty(dim))
-        self._config, self._layer, self._ops, self._rope = config, layer, ops, rope
+        self._config, self._layer, self._ops = config, layer, ops
 
     def forward(self, x_TD: Tensor, batch: Batch, tails: list[Tail | None]) -> tuple[Tensor, BlockPlan]:
         """Entries [B, D] of all blocks the batch completes, in span order; `tails` are advanced in place."""
@@ -37,9 +37,7 @@ class Compressor(nn.Module):
         kv, score = _join_tails(kv, score, batch, plan, tails)
         pooled = self._ops.pool_blocks(kv, score, plan.rows_Br, plan.previous_Br, plan.has_previous_B)
         entries = self._ops.rms_norm(pooled.to(x_TD.dtype), self.norm, self._config.rms_norm_eps)
-        end = max(span.end for span in batch.spans)
-        cos, sin = self._rope.at(self._layer, plan.position_B, end)
-        return self._ops.rotate(entries, cos, sin), plan
+        return self._ops.rotate(entries, *angles(self._config, self._layer, plan.position_B)), plan
 
 
 def _join_tails(

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hadal.config import LayerSpec, ModelConfig
-from hadal.kernels import KernelTable, Numerics
-from hadal.kernels.keys import Attended
+from hadal.kernels import Attended, KernelTable, Numerics
 from hadal.model.block import Block
 from hadal.model.mhc import StreamCollapse
-from hadal.model.rope import RopeTable
 from hadal.model.spans import Batch, Span
 from hadal.model.state import LayerState
 
@@ -22,8 +20,8 @@ from hadal.model.state import LayerState
 class MtpBlock(Block):
     """Predicts token i+2 from the streams at i and the embedding of token i+1."""
 
-    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable) -> None:
-        super().__init__(config, layer, num, ops, rope)
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable) -> None:
+        super().__init__(config, layer, num, ops)
         d = config.hidden_size
         self.e_proj = nn.Parameter(torch.empty(d, d))
         self.h_proj = nn.Parameter(torch.empty(d, d))
@@ -47,10 +45,8 @@ class MtpBlock(Block):
 class DsparkStage(Block):
     """One of the DSpark stages; the first projects the target's hidden states, the last carries the heads."""
 
-    def __init__(
-        self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, rope: RopeTable, stage: int
-    ) -> None:
-        super().__init__(config, layer, num, ops, rope)
+    def __init__(self, config: ModelConfig, layer: LayerSpec, num: Numerics, ops: KernelTable, stage: int) -> None:
+        super().__init__(config, layer, num, ops)
         d, taps = config.hidden_size, len(config.dspark_target_layer_ids)
         rank = config.dspark_markov_rank or 0
         if stage == 0:
@@ -80,14 +76,15 @@ class DsparkStage(Block):
     def draft(self, x_QND: Tensor, token_ids_Q: Tensor, position: int, state: LayerState) -> Tensor:
         """Advance the draft block's streams; its tokens stand at `position` and after and all see each other."""
         batch = Batch([Span(position, len(token_ids_Q), 0, None)], x_QND.device)
-        pre, post, comb = self.hc_attn.maps(x_QND)
-        y = self._ops.rms_norm(self._ops.mix_in(x_QND, pre), self.attn_norm, self._eps)
         rope = self.attn.rotary(batch)
-        _, q = self.attn.queries(y, rope)
-        window = torch.cat((state.window_KD, self.attn.window_kv(y, rope)))
-        keys = Attended(window, None, position, len(state.window_KD), self._window, 0, full_block=True)
-        out = self.attn.project_out(self.attn.attend(q, keys), rope)
-        return self.feed_forward(self._ops.mix_out(x_QND, out, post, comb), token_ids_Q)[0]
+
+        def attention(y_QD: Tensor) -> Tensor:
+            _, q = self.attn.queries(y_QD, rope)
+            window = torch.cat((state.window_KD, self.attn.window_kv(y_QD, rope)))
+            keys = Attended(window, None, position, len(state.window_KD), self._window, 0, full_block=True)
+            return self.attn.project_out(self.attn.attend(q, keys), rope)
+
+        return self.feed_forward(self.attend(x_QND, attention), token_ids_Q)[0]
 
     def markov_bias(self, token_id: Tensor) -> Tensor:
         """Last stage only: logit bias [V] that follows from the previous draft token."""

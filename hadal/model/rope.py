@@ -1,4 +1,4 @@
-"""Rotary angles: one frequency table per RoPE regime of the model.
+"""Rotary angles of the two RoPE regimes of the model.
 
 Source: spec architecture 2.3. Window-only layers use `rope_theta` without scaling; compressed layers use
 `compress_rope_theta` with YaRN, for queries, window KV, compressed entries, indexer and output alike.
@@ -7,6 +7,7 @@ Source: spec architecture 2.3. Window-only layers use `rope_theta` without scali
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from hadal.config import LayerSpec, ModelConfig
 
 
+@cache
 def frequencies(config: ModelConfig, layer: LayerSpec) -> Tensor:
     """Angular frequencies [R/2] in FP32 for a layer."""
     rotary = config.qk_rope_head_dim
@@ -33,22 +35,7 @@ def frequencies(config: ModelConfig, layer: LayerSpec) -> Tensor:
     return freq / scaling.factor * ramp + freq * (1 - ramp)
 
 
-class RopeTable:
-    """cos and sin per regime, extended on demand; tables are FP32 and shared by all layers of a regime."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._tables: dict[tuple[float, bool, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def at(self, layer: LayerSpec, position_T: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [T, R/2] at the given positions, all below `end`."""
-        key = (layer.rope_theta, layer.yarn, position_T.device)
-        table = self._tables.get(key)
-        if table is None or len(table[0]) < end:
-            table = self._build(layer, max(end, 2 * len(table[0]) if table else 1024), position_T.device)
-            self._tables[key] = table
-        return table[0][position_T], table[1][position_T]
-
-    def _build(self, layer: LayerSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        angle = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(self._config, layer))
-        return angle.cos().to(device), angle.sin().to(device)
+def angles(config: ModelConfig, layer: LayerSpec, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, R/2] in FP32 of a layer's rotation at the given positions."""
+    angle = torch.outer(position_T.float(), frequencies(config, layer).to(position_T.device))
+    return angle.cos(), angle.sin()

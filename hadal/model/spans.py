@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from hadal.config import LayerSpec, ModelConfig
+from hadal.model.rope import angles
 from hadal.model.state import SequenceState
 
 
@@ -51,15 +53,12 @@ class Batch:
         self.spans = tuple(spans)
         self.device = device
         self._plans: dict[tuple[int, bool], BlockPlan] = {}
+        self._angles: dict[tuple[float, bool], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def from_states(cls, lengths: Sequence[int], states: Sequence[SequenceState], device: torch.device) -> Batch:
         """Spans that continue `states`."""
-        spans, row = [], 0
-        for length, state in zip(lengths, states, strict=True):
-            spans.append(Span(state.position, length, row, state))
-            row += length
-        return cls(spans, device)
+        return cls(_spans(lengths, states, [s.position for s in states]), device)
 
     @classmethod
     def from_documents(cls, cu_seqlens: Sequence[int], device: torch.device) -> Batch:
@@ -71,12 +70,30 @@ class Batch:
         """Position of every packed token in its own sequence."""
         return torch.cat([torch.arange(s.start, s.end, device=self.device) for s in self.spans])
 
+    @classmethod
+    def just_fed(cls, lengths: Sequence[int], states: Sequence[SequenceState], device: torch.device) -> Batch:
+        """The spans by which `states` were advanced last, for the draft head that follows the main layers."""
+        starts = [state.position - length for length, state in zip(lengths, states, strict=True)]
+        return cls(_spans(lengths, states, starts), device)
+
+    def angles(self, config: ModelConfig, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, R/2] of the packed positions in the layer's RoPE regime."""
+        regime = (layer.rope_theta, layer.yarn)
+        if regime not in self._angles:
+            self._angles[regime] = angles(config, layer, self.positions_T)
+        return self._angles[regime]
+
     def blocks(self, ratio: int, overlap: bool) -> BlockPlan:
         """The block plan for one compression ratio."""
         key = (ratio, overlap)
         if key not in self._plans:
             self._plans[key] = _plan_blocks(self.spans, ratio, overlap, self.device)
         return self._plans[key]
+
+
+def _spans(lengths: Sequence[int], states: Sequence[SequenceState], starts: Sequence[int]) -> list[Span]:
+    rows = accumulate(lengths, initial=0)
+    return [Span(*values) for values in zip(starts, lengths, rows, states, strict=False)]
 
 
 def carried_rows(position: int, ratio: int, overlap: bool) -> int:

@@ -98,10 +98,12 @@ class SequenceState:
     layers: list[LayerState]
     draft: list[LayerState] = field(default_factory=list)
     position: int = 0
+    draft_position: int = 0  # tokens the draft head has seen; it must be fed after every pass or not at all
 
     def clone(self) -> SequenceState:
         """An independent copy: continuing one leaves the other as it is."""
-        return SequenceState([s.clone() for s in self.layers], [s.clone() for s in self.draft], self.position)
+        layers, draft = [s.clone() for s in self.layers], [s.clone() for s in self.draft]
+        return SequenceState(layers, draft, self.position, self.draft_position)
 
     def nbytes(self) -> int:
         """Bytes held for this sequence."""

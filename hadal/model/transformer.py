@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hadal.config import ModelConfig
-from hadal.kernels import KernelTable, Numerics, kernel_table
-from hadal.kernels.keys import IndexerLoss
+from hadal.kernels import IndexerLoss, KernelTable, Numerics, kernel_table
 from hadal.model.attention import TrainingTrace
 from hadal.model.block import Block
 from hadal.model.draft import DsparkStage, MtpBlock
 from hadal.model.initial import init_weights
 from hadal.model.mhc import StreamCollapse
 from hadal.model.moe import Routing
-from hadal.model.rope import RopeTable
 from hadal.model.spans import Batch
 from hadal.model.state import SequenceState, fresh_state
 
@@ -72,17 +70,16 @@ class Model(nn.Module):
         self.config = config
         self.numerics = num = numerics or Numerics()
         self.ops = ops = kernel_table(backend)
-        rope = RopeTable(config)
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Block(config, layer, num, ops, rope) for layer in config.layers)
+        self.layers = nn.ModuleList(Block(config, layer, num, ops) for layer in config.layers)
         self.hc_head = StreamCollapse(config, ops)
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         if config.draft == "dspark":
             stages = enumerate(config.draft_layers)
-            self.draft = nn.ModuleList(DsparkStage(config, d, num, ops, rope, i) for i, d in stages)
+            self.draft = nn.ModuleList(DsparkStage(config, d, num, ops, i) for i, d in stages)
         else:
-            self.draft = nn.ModuleList(MtpBlock(config, d, num, ops, rope) for d in config.draft_layers)
+            self.draft = nn.ModuleList(MtpBlock(config, d, num, ops) for d in config.draft_layers)
 
     @property
     def blocks(self) -> list[Block]:
@@ -162,17 +159,15 @@ class Model(nn.Module):
 
         `states` are those the streams came from, already past the given tokens; their draft part advances here.
         """
-        spans = Batch.from_states(lengths, states, self.device).spans
-        back = [type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans]
-        hidden, _ = self._mtp(x_TND, self._ids(next_ids_T), Batch(back, self.device), None)
+        batch = self._follow(lengths, states)
+        hidden, _ = self._mtp(x_TND, self._ids(next_ids_T), batch, None)
         return self._head(hidden)
 
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
         """Fill the DSpark windows with committed positions (see `mtp_logits` for `states`); returns main_x [T, d]."""
         main = self.dspark_stages[0].main_hidden(taps_TD)
-        spans = Batch.from_states(lengths, states, self.device).spans
-        batch = Batch([type(s)(s.start - s.length, s.length, s.row, s.state) for s in spans], self.device)
+        batch = self._follow(lengths, states)
         for i, stage in enumerate(self.dspark_stages):
             stage.remember(main, batch, [state.draft[i] for state in states])
         return main
@@ -213,6 +208,17 @@ class Model(nn.Module):
         kl, captured = _indexer_result(trace.indexer_loss)
         return TrainingOutput(self._hidden(x, self.hc_head, self.norm), mtp, self.head, routing, kl, captured)
 
+    def _follow(self, lengths: Sequence[int], states: Sequence[SequenceState]) -> Batch:
+        """The batch the main layers saw last, for the draft head; its windows must not have missed a token."""
+        for state, length in zip(states, lengths, strict=True):
+            if state.draft_position != state.position - length:
+                raise InputError(
+                    f"the draft head has seen {state.draft_position} of {state.position - length} earlier tokens; "
+                    "feed it after every pass of the main layers"
+                )
+            state.draft_position = state.position
+        return Batch.just_fed(lengths, states, self.device)
+
     def _run(
         self, ids_T: Tensor, batch: Batch, states: Sequence[SequenceState | None], trace: TrainingTrace | None
     ) -> tuple[Tensor, list[Routing], Tensor | None]:
@@ -246,9 +252,12 @@ class Model(nn.Module):
         return out
 
     def _ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
-        if ids.dim() != 1 or not len(ids):
-            raise InputError(f"token ids must be a non-empty list of integers, not shape {tuple(ids.shape)}")
+        ids = torch.as_tensor(token_ids, device=self.device)
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+            raise InputError(
+                f"token ids must be a non-empty list of integers, not {ids.dtype} of shape {list(ids.shape)}"
+            )
+        ids = ids.long()
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(

@@ -7,7 +7,7 @@ transformers, the chat encoding, and makes sure that deliberate mistakes are not
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from hadal.verify.report import Check, Report
@@ -25,10 +25,7 @@ def embedded_golden() -> Path:
 
 
 def run(
-    golden: Path | None = None,
-    write: Path | None = None,
-    modes: Iterable[str] = ("f32", "q32", "ref"),
-    progress: Callable[[str], None] = lambda stage: None,
+    golden: Path | None = None, write: Path | None = None, progress: Callable[[str], None] = lambda stage: None
 ) -> Report:
     """All checks; `golden` is a directory of golden configurations (the embedded one by default).
 
@@ -36,6 +33,7 @@ def run(
     """
     from hadal.verify.chat import check_chat
     from hadal.verify.formulas import check_formulas
+    from hadal.verify.golden import MODES, load_golden
     from hadal.verify.modules import check_modules
     from hadal.verify.mutations import check_mutations
     from hadal.verify.peers import check_transformers
@@ -50,13 +48,11 @@ def run(
     progress("chat vectors")
     checks += check_chat(root.parent / "data" / "v4-format" / "tests")
     for directory in configurations:
-        for mode in modes:
+        for mode in MODES:
             progress(f"golden vectors: {directory.name} {mode}")
             checks += _check_golden(directory, mode, write)
     recorded = next((d for d in configurations if (d / "debug_d_ref.safetensors").is_file()), None)
     if recorded is not None:
-        from hadal.verify.golden import load_golden
-
         progress("single modules")
         checks += check_modules(load_golden(recorded, "ref"), recorded)
         progress("states")

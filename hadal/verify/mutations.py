@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hadal.config import RopeScaling
-from hadal.kernels import KernelTable, kernel_table
+from hadal.kernels import Attended, KernelTable, kernel_table
 from hadal.model import Model
 from hadal.verify.golden import F32_CLOSE_SHARE, F32_MEDIAN, compare, load_golden, replay
 from hadal.verify.report import Check
@@ -26,18 +27,14 @@ Mutation = Callable[[Model], None]
 
 
 def check_mutations(directory: Path) -> list[Check]:
-    """Run every mutation on case u, in the sharpest mode that can show it."""
-    from safetensors.torch import load_file
-
+    """Run every mutation on case u, in the sharpest mode that can show it, on the logits it must move."""
     checks = []
     for name, mode, build in _mutations(directory):
-        golden = load_file(directory / f"golden_{mode}.safetensors")
-        out = replay(build(mode), directory, [CASE])
-        row = compare(golden[f"{CASE}.logits_prefill"], out[f"{CASE}.logits_prefill"])
+        kind = "mtp_logits_prefill" if name.startswith("MTP") else "logits_prefill"
+        golden = load_file(directory / f"golden_{mode}.safetensors")[f"{CASE}.{kind}"]
+        row = compare(golden, replay(build(mode), directory, [CASE])[f"{CASE}.{kind}"])
         caught = not row["finite"] or row["median"] > F32_MEDIAN or row["close"] < F32_CLOSE_SHARE
-        detail = (
-            f"must differ: median above {F32_MEDIAN:g} or fewer than {F32_CLOSE_SHARE:.0%} of positions within 1e-3"
-        )
+        detail = f"must exceed {F32_MEDIAN:g} or leave fewer than {F32_CLOSE_SHARE:.0%} of positions within 1e-3"
         checks.append(Check(f"mutations {directory.name} {mode}", name, row["median"], None, caught, detail))
     return checks
 
@@ -84,6 +81,9 @@ def _mutations(directory: Path) -> Iterator[tuple[str, str, Callable[[str], Mode
     yield "routing weights from biased scores", "f32", with_ops(**_biased_routing(ops))
     yield "routed scale ignored", "f32", with_config(routed_scaling_factor=1.0)
     yield "nibbles of FP4 experts swapped", "f32", with_weights(_swap_columns)
+    yield "MTP norms swapped", "f32", with_weights(_swap_mtp_norms)
+    yield "newest compressed entry hidden", "f32", with_ops(attend=_newest_hidden(ops))
+    yield "index queries and keys not rounded to FP4", "q32", with_ops(encode_index=lambda x, num: x)
     yield "KV not rounded to FP8", "q32", with_ops(quantise_kv=lambda kv, rotary: kv)
     yield "projection inputs not rounded to FP8", "q32", with_ops(linear=_unquantised_linear(ops))
 
@@ -109,6 +109,22 @@ def _swap_columns(model: Model) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.copy_(parameter.unflatten(-1, (-1, 2)).flip(-1).flatten(-2).clone())
+
+
+def _swap_mtp_norms(model: Model) -> None:
+    block = model.mtp_block
+    block.enorm, block.hnorm = block.hnorm, block.enorm
+
+
+def _newest_hidden(ops: KernelTable) -> Callable[..., Tensor]:
+    """A block becomes visible one token late: every query looks as if it stood one position earlier."""
+
+    def attend(q: Tensor, keys: Attended, *args: Any) -> Tensor:
+        late = dataclasses.replace(keys, start=keys.start - 1) if keys.ratio else keys
+        out: Tensor = ops.attend(q, late, *args)
+        return out
+
+    return attend
 
 
 def _maps_with_rms_per_stream(ops: KernelTable) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hadal.checkpoint import load_model
 from hadal.model import Model
-from hadal.verify.report import Check, skipped, within
+from hadal.verify.report import Check, skipped, within, worst
 
 GROUP = "transformers f32"
 LIMIT = 2e-5
@@ -111,13 +111,13 @@ def _gradient_gap(peer: Any, model: Model, ids_T: Tensor, directory: Path) -> fl
         for parameter in peer.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         wanted = dict(_reload(peer, directory).named_parameters())
-    worst = 0.0
+    gaps = []
     for name, parameter in model.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         target = wanted[name].detach()
         scale, gap = float(target.abs().max()), _gap(found, target)
-        worst = max(worst, gap / scale if scale > 1e-9 else gap)
-    return worst
+        gaps.append(gap / scale if scale > 1e-9 else gap)
+    return worst(gaps)
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def _padded_batch(peer: Any, model: Model, ids_T: Tensor) -> tuple[float, float]
     alone = [model.logits(p) for p in prompts]
     lengths = list(PROMPTS)
     packed = model.logits_ragged(torch.cat(prompts), lengths, [model.new_state() for _ in prompts], last_only=False)
-    ours = max(_gap(f, w) for f, w in zip(packed.split(lengths), alone, strict=True))
+    ours = worst(_gap(f, w) for f, w in zip(packed.split(lengths), alone, strict=True))
     longest = max(lengths)
     padded = torch.full((len(prompts), longest), 2)
     mask = torch.zeros_like(padded)
@@ -136,5 +136,5 @@ def _padded_batch(peer: Any, model: Model, ids_T: Tensor) -> tuple[float, float]
         padded[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     logits = peer(padded, attention_mask=mask, use_cache=False).logits
-    theirs = max(_gap(logits[i, longest - len(p) :], alone[i]) for i, p in enumerate(prompts))
+    theirs = worst(_gap(logits[i, longest - len(p) :], alone[i]) for i, p in enumerate(prompts))
     return ours, theirs

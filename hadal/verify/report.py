@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +47,12 @@ class Report:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def worst(gaps: Iterable[float]) -> float:
+    """The largest of some errors; NaN if any is NaN, where `max` would lose it."""
+    values = list(gaps)
+    return float("nan") if any(math.isnan(v) for v in values) else max(values, default=0.0)
 
 
 def within(group: str, name: str, error: float, tolerance: float, detail: str = "") -> Check:

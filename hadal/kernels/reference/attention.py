@@ -123,22 +123,22 @@ def attend_listed(q_THD: Tensor, keys: Attended, sink_H: Tensor) -> Tensor:
     """As `attend`, with the official kernel's rounding; each query's list is its window in order, then its entries."""
     total, heads, dim = q_THD.shape
     slots = keys.window_KD.shape[0] if keys.full_block else keys.window
-    n_entries = keys.entries_CD.shape[0] if keys.entries_CD is not None else 0
-    chunk = max(1, min(CHUNK, total, CHUNK_LOGITS // ((slots + n_entries) * max(dim, heads))))
+    listed = keys.entries_CD.shape[0] if keys.entries_CD is not None else 0
+    if keys.index is not None:
+        listed = min(listed, keys.index.topk)
+    chunk = max(1, min(CHUNK, total, CHUNK_LOGITS // ((slots + listed) * max(dim, heads))))
     out = [_attend_listed_chunk(q_THD, keys, sink_H, a, min(a + chunk, total)) for a in range(0, total, chunk)]
     return torch.cat(out)
 
 
 def _attend_listed_chunk(q_THD: Tensor, keys: Attended, sink_H: Tensor, a: int, b: int) -> Tensor:
     dim = q_THD.shape[-1]
-    where_TL, source = _lists(keys, a, b, q_THD.device)
-    valid = where_TL >= 0
-    kv = source[where_TL.clamp(min=0)].float()
+    kv, valid = _listed_keys(keys, a, b, q_THD.device)
     q = q_THD[a:b].float()
     peak = torch.full(q.shape[:2], float("-inf"), device=q.device)
     total = torch.zeros_like(peak)
     acc = torch.zeros_like(q)
-    for begin in range(0, where_TL.shape[1], LIST_BLOCK):
+    for begin in range(0, kv.shape[1], LIST_BLOCK):
         kv_block, valid_block = kv[:, begin : begin + LIST_BLOCK], valid[:, begin : begin + LIST_BLOCK]
         logits = torch.bmm(q, kv_block.transpose(1, 2)) * dim**-0.5
         logits = logits.masked_fill(~valid_block.unsqueeze(1), float("-inf"))
@@ -152,22 +152,26 @@ def _attend_listed_chunk(q_THD: Tensor, keys: Attended, sink_H: Tensor, a: int, 
     return (acc / total.unsqueeze(-1)).to(q_THD.dtype)
 
 
-def _lists(keys: Attended, a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Key lists [b-a, L] as rows of the returned key table, -1 for none; the first block always holds a valid key."""
-    table = keys.window_KD if keys.entries_CD is None else torch.cat((keys.window_KD, keys.entries_CD))
+def _listed_keys(keys: Attended, a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each query's own keys [b-a, L, D] in FP32 and which slots hold one; the first 64 slots always hold one."""
     rows = keys.window_KD.shape[0]
     if keys.full_block:
-        return torch.arange(rows, device=device).expand(b - a, rows), table
+        where = torch.arange(rows, device=device).expand(b - a, rows)
+        return keys.window_KD[where].float(), torch.ones_like(where, dtype=torch.bool)
     position = torch.arange(keys.start + a, keys.start + b, device=device).unsqueeze(1)
-    first = (position - keys.window + 1).clamp(min=0)
-    slot = first + torch.arange(keys.window, device=device)
-    lists = [(slot - (keys.start - keys.history)).masked_fill(slot > position, -1)]
+    slot = (position - keys.window + 1).clamp(min=0) + torch.arange(keys.window, device=device)
+    row = slot - (keys.start - keys.history)
+    valid = (slot <= position) & (row >= 0)
+    kv = keys.window_KD[row.clamp(0, rows - 1)]
     visible = (keys.start + b) // keys.ratio if keys.ratio else 0
-    if visible and keys.index is not None:
-        scores = _chunk_scores(keys.index, position.squeeze(1), keys.ratio, visible, a, b)
-        picked = order_topk(scores, keys.index.topk)
-        lists.append(torch.where(picked >= 0, picked + rows, picked))
-    elif visible:
-        entry = torch.arange(visible, device=device)
-        lists.append((entry + rows).masked_fill(entry >= (position + 1) // keys.ratio, -1))
-    return torch.cat(lists, dim=1), table
+    if visible:
+        assert keys.entries_CD is not None
+        if keys.index is not None:
+            scores = _chunk_scores(keys.index, position.squeeze(1), keys.ratio, visible, a, b)
+            entry = order_topk(scores, keys.index.topk)
+        else:
+            entry = torch.arange(visible, device=device).expand(b - a, visible)
+            entry = entry.masked_fill(entry >= (position + 1) // keys.ratio, -1)
+        kv = torch.cat((kv, keys.entries_CD[entry.clamp(min=0)]), dim=1)
+        valid = torch.cat((valid, entry >= 0), dim=1)
+    return kv.float(), valid

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hadal.kernels.numerics import Numerics
+from hadal.kernels.reference.dense import hadamard
+from hadal.quant import fake_quant_fp4
+
 
 def pool_blocks(
     kv_RE: Tensor, score_RE: Tensor, rows_Br: Tensor, previous_Br: Tensor | None, has_previous_B: Tensor | None
@@ -29,6 +33,14 @@ def pool_blocks(
         kv = torch.cat((old_kv, kv_RE[:, dim:][rows_Br]), dim=1)
         score = torch.cat((old_score, score_RE[:, dim:][rows_Br]), dim=1)
     return (torch.softmax(score, dim=1) * kv).sum(1)
+
+
+def encode_index(x: Tensor, num: Numerics) -> Tensor:
+    """Index queries or keys as they are compared: rotated by Hadamard and rounded to FP4, or as they are.
+
+    The rotation is orthonormal, so without the rounding it changes nothing and is left out.
+    """
+    return fake_quant_fp4(hadamard(x)) if num.fake_quant else x
 
 
 def index_scores(q_THD: Tensor, weight_TH: Tensor, keys_CD: Tensor, first_visible_T: Tensor) -> Tensor:

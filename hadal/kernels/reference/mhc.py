@@ -15,7 +15,7 @@ def sinkhorn(logits_TNN: Tensor, iterations: int, eps: float) -> Tensor:
     """Near doubly stochastic [T, N, N]: row softmax, column step, then (row, column) iterations-1 times."""
     # Tokens last: N is far too short to reduce over, T is what vectorises. A tensor for eps, because adding a Python
     # number costs twice as much and one token does this 39 times per site.
-    floor = torch.tensor(eps, device=logits_TNN.device)
+    floor = logits_TNN.new_full((), eps)
     c = torch.softmax(logits_TNN.permute(1, 2, 0).contiguous(), dim=1) + floor
     c = c / (c.sum(0, keepdim=True) + floor)
     for _ in range(iterations - 1):
