@@ -21,12 +21,14 @@ _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+# Likewise, but not written: other software adds them.
+_FIXED_IF_PRESENT: dict[str, Any] = {"model_type": "deepseek_v4", "mlp_bias": False}
 # Keys that describe other software's run-time behaviour and do not change the function computed here.
 _IGNORED = {
-    "architectures", "model_type", "transformers_version", "use_cache", "auto_map", "pad_token_id", "mlp_bias",
-    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "rope_parameters", "layer_types",
+    "architectures", "transformers_version", "use_cache", "auto_map", "pad_token_id", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "rope_parameters", "layer_types",
     "mlp_layer_types", "dtype", "_name_or_path", "return_dict", "output_hidden_states", "is_encoder_decoder",
-    "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "n_group", "topk_group",
+    "output_attentions", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
 }  # fmt: skip
 _INFERENCE_NAMES = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -54,16 +56,23 @@ def _require(raw: dict[str, Any], names: dict[str, str]) -> None:
 
 
 def _read_hf_form(raw: dict[str, Any]) -> dict[str, Any]:
-    known = _field_names() - {"quantization"} | _IGNORED | _FIXED.keys() | {"quantization_config"}
+    known = (
+        _field_names() - {"quantization"}
+        | _IGNORED
+        | _FIXED.keys()
+        | _FIXED_IF_PRESENT.keys()
+        | {"quantization_config"}
+    )
     for key in raw:
         if key not in known:
             raise ConfigError(f"unknown config key `{key}`; remove it or check the spelling against config.json of V4")
-    for key, value in _FIXED.items():
+    for key, value in (_FIXED | _FIXED_IF_PRESENT).items():
         if raw.get(key, value) != value:
             raise ConfigError(f"`{key}` is {raw[key]!r}, but V4 models are only defined for {value!r}")
     _require(raw, {})
     out = {k: v for k, v in raw.items() if k in _field_names()}
     out["rope_scaling"] = _read_rope_scaling(raw)
+    out |= _read_nested_thetas(raw)
     out["quantization"] = _read_quantization(raw.get("quantization_config"))
     out["expert_dtype"] = _read_expert_dtype(raw.get("expert_dtype"))
     return _tuples(out)
@@ -77,7 +86,13 @@ def _read_rope_scaling(raw: dict[str, Any]) -> RopeScaling:
     scaling = raw.get("rope_scaling") or _hf5_rope(raw.get("rope_parameters"))
     if not scaling:
         raise ConfigError("config lacks `rope_scaling`; V4 needs the YaRN parameters (factor 16, original 65536)")
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"`rope_scaling` is {scaling!r}; V4 needs an object with the YaRN parameters")
     scaling = dict(scaling)
+    if scaling.get("attention_factor") not in (None, 1, 1.0) or scaling.get("truncate") is False:
+        raise ConfigError(
+            "`rope_scaling` sets `attention_factor` or `truncate`; V4's YaRN rescales nothing and truncates"
+        )
     kind = scaling.pop("rope_type", scaling.get("type", "yarn"))
     scaling.setdefault("type", kind)
     for key in ("rope_theta", "partial_rotary_factor", "attention_factor", "truncate"):
@@ -85,9 +100,23 @@ def _read_rope_scaling(raw: dict[str, Any]) -> RopeScaling:
     unknown = scaling.keys() - {f.name for f in dataclasses.fields(RopeScaling)}
     if unknown:
         raise ConfigError(f"unknown key `{sorted(unknown)[0]}` in `rope_scaling`; only YaRN's keys are defined for V4")
-    if scaling["type"] != "yarn":
-        raise ConfigError(f"`rope_scaling.type` is {scaling['type']!r}; V4's compressed layers use 'yarn'")
     return RopeScaling(**scaling)
+
+
+def _read_nested_thetas(raw: dict[str, Any]) -> dict[str, float]:
+    """RoPE bases that transformers 5 nests in `rope_parameters`; the top-level ones must not contradict them."""
+    out = {}
+    parameters = raw.get("rope_parameters") or {}
+    for kind, key in (("main", "rope_theta"), ("compress", "compress_rope_theta")):
+        nested = (parameters.get(kind) or {}).get("rope_theta") if isinstance(parameters, dict) else None
+        if nested is None:
+            continue
+        if raw.get(key, nested) != nested:
+            raise ConfigError(
+                f"`{key}` is {raw[key]!r} but `rope_parameters.{kind}.rope_theta` is {nested!r}; keep one"
+            )
+        out[key] = nested
+    return out
 
 
 def _hf5_rope(parameters: Any) -> dict[str, Any] | None:
@@ -100,9 +129,12 @@ def _hf5_rope(parameters: Any) -> dict[str, Any] | None:
 def _read_quantization(raw: Any) -> bool:
     if raw is None:
         return False
-    for key, value in _QUANTIZATION_CONFIG.items():
-        if raw.get(key, value) != value:
-            raise ConfigError(f"`quantization_config.{key}` is {raw[key]!r}; V4 checkpoints use {value!r}")
+    if not isinstance(raw, dict):
+        raise ConfigError(f"`quantization_config` is {raw!r}; V4 checkpoints have an object with `quant_method` fp8")
+    for key, value in raw.items():
+        wanted = _QUANTIZATION_CONFIG.get(key, "no such key")
+        if value != wanted:
+            raise ConfigError(f"`quantization_config.{key}` is {value!r}; V4 checkpoints use {wanted!r}")
     return True
 
 
@@ -130,7 +162,9 @@ def _read_inference_form(raw: dict[str, Any]) -> dict[str, Any]:
     out["rope_scaling"] = RopeScaling(**{v: raw[k] for k, v in rope_keys.items() if k in raw})
     out["quantization"] = raw.get("dtype", "bf16") == "fp8"
     out["expert_dtype"] = _read_expert_dtype(raw.get("expert_dtype"))
-    trailing = len(raw["compress_ratios"]) - raw["n_layers"]
+    if raw.get("scale_fmt", "ue8m0") != "ue8m0" or raw.get("dtype", "bf16") not in ("fp8", "bf16"):
+        raise ConfigError("`dtype` must be fp8 or bf16 and `scale_fmt` ue8m0; V4 has no other formats")
+    trailing = max(len(raw["compress_ratios"]) - raw["n_layers"], 0)
     stages = raw.get("n_mtp_layers", trailing)
     if stages != trailing:
         raise ConfigError(

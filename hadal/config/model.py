@@ -196,83 +196,95 @@ class ModelConfig:
         return write_hf_form(self)
 
 
+_MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "dspark_noise_token_id")
+
+
 def _validate(c: ModelConfig) -> None:
-    def need(ok: bool, message: str) -> None:
+    for field in dataclasses.fields(c):
+        _validate_type(field.name, str(field.type), getattr(c, field.name))
+    ratios, layers = c.compress_ratios, c.num_hidden_layers
+    draft_ratios = ratios[layers:]
+    rules = [
+        (len(ratios) >= layers, f"`compress_ratios` has {len(ratios)} entries for {layers} layers; give one per layer"),
+        (not any(draft_ratios), "`compress_ratios` after the main layers belong to the draft head and must be 0"),
+        (
+            c.qk_rope_head_dim % 2 == 0 and c.qk_rope_head_dim <= c.head_dim,
+            f"`qk_rope_head_dim` {c.qk_rope_head_dim} must be even and at most `head_dim` {c.head_dim}",
+        ),
+        (
+            c.qk_rope_head_dim <= c.index_head_dim,
+            f"`qk_rope_head_dim` {c.qk_rope_head_dim} exceeds `index_head_dim` {c.index_head_dim}",
+        ),
+        (
+            c.index_head_dim & (c.index_head_dim - 1) == 0,
+            f"`index_head_dim` {c.index_head_dim} must be a power of two for the Hadamard transform",
+        ),
+        (
+            c.num_attention_heads % c.o_groups == 0,
+            f"`num_attention_heads` {c.num_attention_heads} must be a multiple of `o_groups` {c.o_groups}",
+        ),
+        (
+            c.num_experts_per_tok <= c.n_routed_experts,
+            f"`num_experts_per_tok` {c.num_experts_per_tok} exceeds `n_routed_experts` {c.n_routed_experts}",
+        ),
+        (c.hc_mult > 1, f"`hc_mult` is {c.hc_mult}; hyper-connections need at least 2 streams"),
+        (c.num_key_value_heads == 1, f"`num_key_value_heads` is {c.num_key_value_heads}; V4 shares one KV head"),
+        (c.n_shared_experts == 1, f"`n_shared_experts` is {c.n_shared_experts}; V4 has one shared expert"),
+        (c.scoring_func == "sqrtsoftplus", f"`scoring_func` is {c.scoring_func!r}; V4 uses 'sqrtsoftplus'"),
+        (c.topk_method == "noaux_tc", f"`topk_method` is {c.topk_method!r}; V4 uses 'noaux_tc'"),
+        (c.norm_topk_prob, "`norm_topk_prob` is false; V4 normalises the selected routing weights"),
+        (c.expert_dtype in (None, "fp4", "fp8"), f"`expert_dtype` is {c.expert_dtype!r}; use 'fp4', 'fp8' or nothing"),
+        (c.num_hash_layers <= layers, f"`num_hash_layers` {c.num_hash_layers} exceeds `num_hidden_layers` {layers}"),
+        (c.bos_token_id < c.vocab_size, f"`bos_token_id` {c.bos_token_id} lies outside the vocabulary"),
+        (c.eos_token_id < c.vocab_size, f"`eos_token_id` {c.eos_token_id} lies outside the vocabulary"),
+    ]
+    if c.expert_format == "fp4":
+        for name in ("hidden_size", "moe_intermediate_size"):
+            rules.append((getattr(c, name) % 32 == 0, f"`{name}` must be a multiple of 32 for FP4 experts"))
+    if c.dspark_block_size is not None:
+        targets = c.dspark_target_layer_ids
+        rules += [
+            (
+                c.dspark_markov_rank is not None and c.dspark_noise_token_id is not None and bool(targets),
+                "`dspark_block_size` needs `dspark_markov_rank`, `dspark_noise_token_id` and `dspark_target_layer_ids`",
+            ),
+            (
+                bool(draft_ratios),
+                "`dspark_block_size` is set but `compress_ratios` has no entries for the draft stages",
+            ),
+            (
+                all(isinstance(i, int) and 0 <= i < layers for i in targets),
+                f"`dspark_target_layer_ids` {list(targets)} name layers the model does not have",
+            ),
+            ((c.dspark_noise_token_id or 0) < c.vocab_size, "`dspark_noise_token_id` lies outside the vocabulary"),
+        ]
+    elif draft_ratios:
+        stages = len(draft_ratios)
+        rules += [
+            (
+                stages == c.num_nextn_predict_layers,
+                f"`compress_ratios` has {stages} entries after the main layers but `num_nextn_predict_layers` is "
+                f"{c.num_nextn_predict_layers}; give one 0 per MTP block",
+            ),
+            (stages == 1, f"`num_nextn_predict_layers` is {stages}; V4 has one MTP block"),
+        ]
+    for ok, message in rules:
         if not ok:
             raise ConfigError(message)
 
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if field.type == "int" or (field.type == "int | None" and value is not None):
-            need(isinstance(value, int) and not isinstance(value, bool), f"`{field.name}` is {value!r}, not an integer")
-            zero_ok = field.name in ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
-            need(
-                value >= (0 if zero_ok else 1),
-                f"`{field.name}` is {value}; it must be {'0 or more' if zero_ok else 'positive'}",
-            )
-        elif field.type == "float":
-            need(
-                isinstance(value, (int, float)) and value > 0,
-                f"`{field.name}` is {value!r}; it must be a positive number",
-            )
-    need(
-        len(c.compress_ratios) >= c.num_hidden_layers,
-        f"`compress_ratios` has {len(c.compress_ratios)} entries for {c.num_hidden_layers} layers; give one per layer",
-    )
-    need(all(isinstance(r, int) and r >= 0 for r in c.compress_ratios), "`compress_ratios` must hold integers >= 0")
-    need(
-        not any(c.compress_ratios[c.num_hidden_layers :]),
-        "`compress_ratios` entries after the main layers belong to the draft head and must be 0",
-    )
-    need(
-        c.qk_rope_head_dim % 2 == 0 and c.qk_rope_head_dim <= c.head_dim,
-        f"`qk_rope_head_dim` {c.qk_rope_head_dim} must be even and at most `head_dim` {c.head_dim}",
-    )
-    need(
-        c.qk_rope_head_dim <= c.index_head_dim,
-        f"`qk_rope_head_dim` {c.qk_rope_head_dim} exceeds `index_head_dim` {c.index_head_dim}",
-    )
-    need(
-        c.index_head_dim & (c.index_head_dim - 1) == 0,
-        f"`index_head_dim` {c.index_head_dim} must be a power of two for the Hadamard transform",
-    )
-    need(
-        (c.num_attention_heads * c.head_dim) % c.o_groups == 0 and c.num_attention_heads % c.o_groups == 0,
-        f"`num_attention_heads` {c.num_attention_heads} must be a multiple of `o_groups` {c.o_groups}",
-    )
-    need(
-        c.num_experts_per_tok <= c.n_routed_experts,
-        f"`num_experts_per_tok` {c.num_experts_per_tok} exceeds `n_routed_experts` {c.n_routed_experts}",
-    )
-    need(c.num_key_value_heads == 1, f"`num_key_value_heads` is {c.num_key_value_heads}; V4 shares one KV head")
-    need(c.n_shared_experts == 1, f"`n_shared_experts` is {c.n_shared_experts}; V4 has one shared expert")
-    need(c.scoring_func == "sqrtsoftplus", f"`scoring_func` is {c.scoring_func!r}; V4 uses 'sqrtsoftplus'")
-    need(c.topk_method == "noaux_tc", f"`topk_method` is {c.topk_method!r}; V4 uses 'noaux_tc'")
-    need(c.norm_topk_prob, "`norm_topk_prob` is false; V4 normalises the selected routing weights")
-    need(
-        c.expert_dtype in (None, "fp4", "fp8"),
-        f"`expert_dtype` is {c.expert_dtype!r}; use 'fp4', 'fp8' or leave it out",
-    )
-    need(
-        c.num_hash_layers <= c.num_hidden_layers,
-        f"`num_hash_layers` {c.num_hash_layers} exceeds `num_hidden_layers` {c.num_hidden_layers}",
-    )
-    if c.dspark_block_size is not None:
-        need(
-            c.dspark_markov_rank is not None
-            and c.dspark_noise_token_id is not None
-            and bool(c.dspark_target_layer_ids),
-            "`dspark_block_size` needs `dspark_markov_rank`, `dspark_noise_token_id` and `dspark_target_layer_ids` too",
-        )
-        need(c.draft_stages > 0, "`dspark_block_size` is set but `compress_ratios` has no entries for the draft stages")
-        need(
-            all(0 <= i < c.num_hidden_layers for i in c.dspark_target_layer_ids),
-            f"`dspark_target_layer_ids` {list(c.dspark_target_layer_ids)} name layers the model does not have",
-        )
-        need(0 <= (c.dspark_noise_token_id or 0) < c.vocab_size, "`dspark_noise_token_id` lies outside the vocabulary")
-    elif c.draft_stages:
-        need(
-            c.draft_stages == c.num_nextn_predict_layers,
-            f"`compress_ratios` has {c.draft_stages} entries after the main layers but `num_nextn_predict_layers` is "
-            f"{c.num_nextn_predict_layers}; give one 0 per MTP block",
-        )
+
+def _validate_type(name: str, kind: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" or (kind == "int | None" and value is not None):
+        least = int(name not in _MAY_BE_ZERO)
+        if not number or not isinstance(value, int) or value < least:
+            raise ConfigError(f"`{name}` is {value!r}; it must be an integer of at least {least}")
+    elif kind == "float" and not (number and value > 0):
+        raise ConfigError(f"`{name}` is {value!r}; it must be a positive number")
+    elif kind.startswith("tuple"):
+        if not isinstance(value, tuple) or not all(isinstance(v, int) and v >= 0 for v in value):
+            raise ConfigError(f"`{name}` is {value!r}; it must be a list of integers of 0 or more")
+    elif kind == "str" and not isinstance(value, str):
+        raise ConfigError(f"`{name}` is {value!r}; it must be text")
+    elif kind == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"`{name}` is {value!r}; it must be true or false")

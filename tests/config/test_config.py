@@ -89,6 +89,11 @@ def test_an_unknown_key_is_named(key: str) -> None:
         ({"dspark_block_size": 5}, "dspark_block_size"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
         ({"num_hash_layers": 9}, "num_hash_layers"),
+        ({"hc_mult": 1}, "hc_mult"),
+        ({"eos_token_id": 7168}, "eos_token_id"),
+        ({"moe_intermediate_size": 100}, "moe_intermediate_size"),
+        ({"compress_ratios": (0, 0, 4, 16, 0, 0), "num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
+        ({"torch_dtype": 7}, "torch_dtype"),
     ],
 )
 def test_impossible_values_are_refused_by_name(change: dict[str, object], named: str) -> None:
@@ -104,6 +109,35 @@ def test_other_models_rope_and_quantisation_are_refused() -> None:
         ModelConfig.from_dict(raw | {"quantization_config": {"weight_block_size": [64, 64]}})
     with pytest.raises(ConfigError, match="tie_word_embeddings"):
         ModelConfig.from_dict(raw | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("compress_ratios", 5, "compress_ratios"),
+        ("rope_scaling", [1], "rope_scaling"),
+        ("rope_scaling", {"factor": 0}, "factor"),
+        ("rope_scaling", {"factor": 16, "attention_factor": 1.2}, "attention_factor"),
+        ("quantization_config", "fp8", "quantization_config"),
+        ("quantization_config", {"modules_to_not_convert": ["head"]}, "modules_to_not_convert"),
+        ("dspark_target_layer_ids", 3, "dspark_target_layer_ids"),
+        ("mlp_bias", True, "mlp_bias"),
+        ("model_type", "llama", "model_type"),
+        ("n_group", 8, "n_group"),
+        ("rope_parameters", {"main": {"rope_theta": 5000.0}}, "rope_theta"),
+    ],
+)
+def test_values_of_another_kind_or_meaning_are_refused_by_name(key: str, value: object, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ModelConfig.from_dict(preset("nano").to_dict() | {key: value})
+
+
+def test_nested_rope_bases_count_when_the_top_level_has_none() -> None:
+    raw = preset("nano").to_dict()
+    del raw["rope_theta"], raw["compress_rope_theta"]
+    raw["rope_parameters"] = {"main": {"rope_theta": 5000.0}, "compress": {"rope_theta": 80000.0}}
+    config = ModelConfig.from_dict(raw)
+    assert (config.rope_theta, config.compress_rope_theta) == (5000.0, 80000.0)
 
 
 def test_the_inference_form_needs_the_values_its_code_defaults_wrongly() -> None:

@@ -79,3 +79,10 @@ def test_expert_choice_breaks_ties_by_the_lower_index_and_weights_ignore_the_bia
     ids = moe.choose_experts(scores, bias, 3)
     assert ids.tolist() == [[0, 1, 2]]
     torch.testing.assert_close(moe.routing_weights(scores, ids, 1.5), torch.tensor([[0.3, 0.6, 0.6]]))
+
+
+def test_an_affinity_that_underflows_leaves_finite_gradients():
+    weight = torch.tensor([[1.0], [-120.0]], requires_grad=True)
+    scores = moe.affinities(torch.tensor([[1.0]]), weight)
+    moe.routing_weights(scores, torch.tensor([[0]]), 1.0).sum().backward()
+    assert torch.isfinite(weight.grad).all()

@@ -7,21 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hadal.config import preset
+from hadal.config import ModelConfig, preset
 from hadal.model import InputError, Model, Numerics, SequenceState
 
 # Every token uses every expert, so that no choice between nearly equal routes can fall differently when sums are
-# ordered differently. The indexer does choose: where two of its scores differ by an ulp, a few rows may differ.
+# ordered differently; for the same reason the indexer keeps everything unless a test says otherwise.
 CONFIG = preset("nano").replace(
     vocab_size=97, hidden_size=64, moe_intermediate_size=32, num_attention_heads=2, head_dim=32, qk_rope_head_dim=16,
-    q_lora_rank=32, o_lora_rank=16, index_n_heads=8, index_head_dim=32, index_topk=8, sliding_window=16,
+    q_lora_rank=32, o_lora_rank=16, index_n_heads=8, index_head_dim=32, index_topk=1000, sliding_window=16,
     n_routed_experts=3, num_experts_per_tok=3, num_hidden_layers=5, compress_ratios=(0, 4, 16, 4, 8, 0),
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    model = Model(CONFIG, Numerics())
+def build(config: ModelConfig) -> Model:
+    model = Model(config, Numerics())
     model.init_weights(torch.Generator().manual_seed(11))
     generator = torch.Generator().manual_seed(12)
     with torch.no_grad():
@@ -31,15 +30,25 @@ def model() -> Model:
     return model
 
 
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return build(CONFIG)
+
+
 def random_ids(seed: int, count: int) -> torch.Tensor:
     return torch.randint(0, CONFIG.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(found: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal up to summation order; at most 5 rows or 5 % may follow another choice of the indexer, and not by far."""
+    """Equal up to summation order in every row."""
+    torch.testing.assert_close(found, want, atol=5e-5, rtol=1e-4)
+
+
+def assert_nearly_all_same(found: torch.Tensor, want: torch.Tensor) -> None:
+    """As `assert_same`, but 5 % of many rows may follow another choice of the indexer between two equal scores."""
     gap = (found - want).abs().amax(-1)
-    assert int((gap > 5e-5).sum()) <= max(5, 0.05 * len(gap)), gap
-    assert float(gap.max()) < 0.5
+    assert len(gap) >= 200
+    assert float((gap > 5e-5).double().mean()) <= 0.05
     assert float(gap.median()) < 1e-5
 
 
@@ -55,18 +64,16 @@ def test_chunks_of_any_size_equal_one_shot(model: Model, seed: int, sizes: list[
     assert_same(torch.cat(parts), model.logits(ids))
 
 
-def test_without_a_choice_every_row_is_equal(model: Model) -> None:
-    """The indexer keeps everything, so nothing can fall differently: chunks, batches and packs agree on all rows."""
-    everything = Model(CONFIG.replace(index_topk=1000), Numerics())
-    everything.load_state_dict(model.state_dict())
+def test_chunks_equal_one_shot_while_the_indexer_chooses() -> None:
+    choosing = build(CONFIG.replace(index_topk=8))
     for seed in range(6):
         ids, order = random_ids(seed, 300), random.Random(seed)
-        state, parts, start = everything.new_state(), [], 0
+        state, parts, start = choosing.new_state(), [], 0
         while start < 300:
             size = min(order.choice((1, 2, 3, 5, 16, 17, 100)), 300 - start)
-            parts.append(everything.logits(ids[start : start + size], state))
+            parts.append(choosing.logits(ids[start : start + size], state))
             start += size
-        torch.testing.assert_close(torch.cat(parts), everything.logits(ids), atol=5e-5, rtol=1e-4)
+        assert_nearly_all_same(torch.cat(parts), choosing.logits(ids))
 
 
 @settings(deadline=None, max_examples=10)
@@ -97,6 +104,40 @@ def test_packed_documents_equal_separate_ones(model: Model, seed: int, lengths: 
     with torch.no_grad():
         out = model.training_forward(ids, borders, indexer_loss=False)
     assert_same(out.logits_TV, torch.cat([model.logits(part) for part in ids.split(lengths)]))
+
+
+def test_a_draft_head_that_missed_tokens_is_refused(model: Model) -> None:
+    ids, state = random_ids(3, 40), model.new_state()
+    model.logits(ids[:10], state)
+    x, _ = model.streams(ids[10:20], [10], [state])
+    with pytest.raises(InputError, match="seen 0 of 10"):
+        model.mtp_logits(x, ids[11:21], [10], [state])
+
+
+def test_dspark_in_chunks_and_batches_equals_one_shot() -> None:
+    config = CONFIG.replace(
+        compress_ratios=(0, 4, 16, 4, 8, 0, 0, 0), dspark_block_size=4, dspark_noise_token_id=96,
+        dspark_target_layer_ids=(1, 2, 4), dspark_markov_rank=8, index_topk=1000,
+    )  # fmt: skip
+    model = Model(config, Numerics())
+    model.init_weights(torch.Generator().manual_seed(3))
+    ids = [random_ids(1, 75), random_ids(2, 41)]
+
+    def draft(cuts: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        states = [model.new_state() for _ in ids]
+        for step in range(len(cuts[0]) - 1):
+            spans = [part[cut[step] : cut[step + 1]] for part, cut in zip(ids, cuts, strict=True)]
+            lengths = [len(span) for span in spans]
+            _, taps = model.streams(torch.cat(spans), lengths, states)
+            assert taps is not None
+            model.dspark_remember(taps, lengths, states)
+        return [model.dspark_block(5, state) for state in states]
+
+    whole = draft([[0, 75], [0, 41]])
+    for found in (draft([[0, 1, 30, 75], [0, 20, 21, 41]]), draft([[0, 74, 75], [0, 1, 41]])):
+        for (hidden, logits), (hidden_whole, logits_whole) in zip(found, whole, strict=True):
+            torch.testing.assert_close(hidden, hidden_whole, atol=5e-5, rtol=1e-4)
+            torch.testing.assert_close(logits, logits_whole, atol=5e-5, rtol=1e-4)
 
 
 def test_packed_mtp_equals_cached_mtp(model: Model) -> None:
@@ -132,8 +173,8 @@ def test_gradients_of_packed_documents_are_the_sum_of_separate_ones(model: Model
         )
 
 
-def test_the_indexer_learns_only_from_its_own_objective(model: Model) -> None:
-    ids = random_ids(7, 160)
+def test_the_indexer_learns_only_from_its_own_objective() -> None:
+    ids, model = random_ids(7, 160), build(CONFIG.replace(index_topk=8))
     model.zero_grad()
     model.training_forward(ids, [0, 160]).logits_TV.sum().backward()
     indexer = [p for n, p in model.named_parameters() if ".indexer." in n]
@@ -147,13 +188,11 @@ def test_the_indexer_learns_only_from_its_own_objective(model: Model) -> None:
 
 
 def test_dense_training_attends_to_every_entry(model: Model) -> None:
-    ids = random_ids(8, 200)
-    everything = Model(CONFIG.replace(index_topk=1000), Numerics())
-    everything.load_state_dict(model.state_dict())
+    ids, choosing = random_ids(8, 200), build(CONFIG.replace(index_topk=8))
     with torch.no_grad():
-        dense = model.training_forward(ids, [0, 200], dense=True, indexer_loss=False).logits_TV
-        sparse = model.training_forward(ids, [0, 200], indexer_loss=False).logits_TV
-    assert_same(dense, everything.logits(ids))
+        dense = choosing.training_forward(ids, [0, 200], dense=True, indexer_loss=False).logits_TV
+        sparse = choosing.training_forward(ids, [0, 200], indexer_loss=False).logits_TV
+    assert_same(dense, model.logits(ids))
     assert float((dense - sparse).abs().max()) > 1e-3
 
 
@@ -191,7 +230,7 @@ def test_random_starts_of_one_token_steps(model: Model, start: int, length: int)
 
 
 def test_bad_input_is_one_sentence(model: Model) -> None:
-    for ids, word in (([], "non-empty"), ([97], "97"), ([-1], "-1")):
+    for ids, word in (([], "non-empty"), ([97], "97"), ([-1], "-1"), ([1.5], "integers")):
         with pytest.raises(InputError, match=word):
             model.logits(ids)
     with pytest.raises(InputError, match="2 sequences"):
@@ -205,7 +244,8 @@ def test_initial_streams_pass_through(model: Model) -> None:
     fresh = Model(CONFIG, Numerics())
     fresh.init_weights(torch.Generator().manual_seed(0))
     x = torch.randn(3, 4, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
-    pre, post, comb = fresh.blocks[0].hc_attn.maps(x)
+    with torch.no_grad():
+        pre, post, comb = fresh.blocks[0].hc_attn.maps(x)
     assert float((pre - 0.25).abs().max()) < 0.05
     assert float((post - 1).abs().max()) < 0.05
     assert float(comb.diagonal(dim1=1, dim2=2).min()) > 0.9

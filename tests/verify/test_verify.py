@@ -1,5 +1,6 @@
 """Verification on the embedded vectors in every clone, and on the full set where it is present."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hadal.verify.golden import MODES, case_names, judge, load_golden, replay
 from hadal.verify.modules import check_modules
 from hadal.verify.mutations import check_mutations
 from hadal.verify.peers import check_transformers
-from hadal.verify.report import Check, Report
+from hadal.verify.report import Check, Report, within, worst
 from hadal.verify.states import check_states
 
 EMBEDDED = embedded_golden() / "flash_a"
@@ -62,7 +63,7 @@ def test_states_copies_and_files() -> None:
 
 def test_every_mutation_is_caught() -> None:
     checks = check_mutations(EMBEDDED)
-    assert len(checks) >= 18
+    assert len(checks) >= 21
     assert_passed(checks)
 
 
@@ -87,6 +88,12 @@ def test_a_wrong_output_fails_the_judge() -> None:
     verdicts = {c.name: c.passed for c in judge(EMBEDDED, "f32", out, ["t"])}
     assert verdicts["t.logits_decode"] is False
     assert verdicts["t.logits_prefill"] is True
+
+
+def test_a_nan_is_never_the_smaller_error() -> None:
+    assert math.isnan(worst([0.0, float("nan"), 1.0]))
+    assert worst([0.5, 2.0]) == 2.0
+    assert within("g", "n", float("nan"), 1.0).passed is False
 
 
 def test_a_report_without_verdicts_has_not_passed() -> None:
