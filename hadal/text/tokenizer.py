@@ -91,6 +91,11 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     @property
+    def source(self) -> str:
+        """The JSON text of the `tokenizer.json` this was built from."""
+        return self._source
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, counting added tokens (129,280 for the official file)."""
         return len(self._bytes)
