@@ -14,7 +14,7 @@ from hadal.config import ModelConfig, preset
 from hadal.engine import Engine
 from hadal.llm import LLM
 from hadal.model import Model, Numerics
-from hadal.text import Tokenizer, own_prompt_texts, train_tokenizer
+from hadal.text import PromptTexts, Tokenizer, own_prompt_texts, train_tokenizer
 from tests.engine.fake_model import FakeState
 
 torch.set_num_threads(1)  # with matrices this small, threads only wait for each other
@@ -70,10 +70,15 @@ class ScriptedModel:
 
 
 def scripted_llm(
-    script: dict[str, str | None], *, context: int = 4096, model: type[ScriptedModel] = ScriptedModel, **options: Any
+    script: dict[str, str | None],
+    *,
+    context: int = 4096,
+    model: type[ScriptedModel] = ScriptedModel,
+    texts: PromptTexts | None = None,
+    **options: Any,
 ) -> LLM:
     engine = Engine(model(script, context), **options)
-    return LLM.from_parts(engine, small_tokenizer(), own_prompt_texts(), name="scripted")
+    return LLM.from_parts(engine, small_tokenizer(), texts or own_prompt_texts(), name="scripted")
 
 
 def write_tiny_model(directory: Path) -> str:

@@ -148,6 +148,20 @@ def test_closing_a_stream_ends_its_request(llm: LLM) -> None:
     assert not llm.busy
 
 
+def test_streams_and_whole_answers_side_by_side_lose_nothing(llm: LLM) -> None:
+    first, second = llm.stream_chat(ask("greet"), GREEDY), llm.stream("plain ", GREEDY)
+    parts = [next(first), next(first)]
+    others = [next(second)]
+    whole = answer(llm.generate("plain ", GREEDY)[0])
+    parts.append(next(first))
+    others += second
+    parts += first
+    assert "".join(d.reasoning for d in parts) == "because they met"
+    assert "".join(d.text for d in parts) == "Grüße, 世界 👋!"
+    assert "".join(d.text for d in others) == whole.text == "one. two. three."
+    assert [parts[-1].finish_reason, others[-1].finish_reason] == ["stop", "stop"] and not llm.busy
+
+
 def test_a_failed_request_says_so_and_leaves_its_neighbours(llm: LLM) -> None:
     bad, good = llm.generate(["broken", "plain "], GREEDY)
     assert answer(bad).finish_reason == "error" and "not finite" in answer(bad).error

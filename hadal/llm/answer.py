@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +92,7 @@ class Generation:
         self.prompt = prompt
         self.reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.inbox: deque[Delta] | None = None  # deltas that a stream has yet to hand out
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._thinks = self._reasons = chat is not None and chat.end == "thinking"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, TypedDict, Unpack
 
 from hadal import device as devices
 from hadal.checkpoint import CheckpointError, load_model, locate_model
-from hadal.config import ModelConfig
 from hadal.engine import Engine, Request, RequestError, SamplingParams
 from hadal.llm.answer import Delta, Generation, RequestOutput
 from hadal.text import (
@@ -82,7 +82,7 @@ class LLM:
         )
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
         self._defaults = _own_sampling(directory / "generation_config.json")
-        self._read_texts = lambda: _prompt_texts(directory, loaded.config, tokenizer)
+        self._read_texts = lambda: _prompt_texts(directory, tokenizer)
 
     @classmethod
     def from_parts(cls, engine: Engine, tokenizer: Tokenizer, texts: PromptTexts, *, name: str) -> LLM:
@@ -182,6 +182,8 @@ class LLM:
             if delta.finish_reason is not None:
                 self.engine.abort(request)  # a stop string ends a request that the engine would continue
                 del self._live[request]
+            if generation.inbox is not None:
+                generation.inbox.append(delta)
             advanced.append((generation, delta))
         return advanced
 
@@ -232,19 +234,25 @@ class LLM:
         return self._deltas(group[0])
 
     def _deltas(self, generation: Generation) -> Iterator[Delta]:
+        # Whoever steps, steps every answer under way: what another stream's step added waits in the inbox.
+        inbox = generation.inbox = deque()
         self.submit(generation)
         try:
-            while generation.finish_reason is None:
-                yield from (delta for owner, delta in self.step() if owner is generation)
+            while inbox or generation.finish_reason is None:
+                if inbox:
+                    yield inbox.popleft()
+                else:
+                    self.step()
         finally:
+            generation.inbox = None
             self.abort(generation)
 
 
-def _prompt_texts(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> PromptTexts:
+def _prompt_texts(directory: Path, tokenizer: Tokenizer) -> PromptTexts:
     """A model with the vendor's vocabulary was taught the vendor's sentences; models trained here know our own."""
     if tokenizer.token_id(USER) != _OFFICIAL_USER_ID:
         return own_prompt_texts()
-    return read_prompt_texts(directory, "0731" if config.draft == "dspark" else "preview")
+    return read_prompt_texts(directory)
 
 
 def _own_sampling(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The text room: token ids <-> text, messages -> prompt, generated text -> reply. It imports no other room."""
 
 from hadal.text.chat import ChatError, Prompt, encode_fim, encode_messages
-from hadal.text.prompts import PromptTextError, PromptTexts, Rules, own_prompt_texts, read_prompt_texts
+from hadal.text.prompts import PromptTextError, PromptTexts, own_prompt_texts, read_prompt_texts
 from hadal.text.stops import StopStrings
 from hadal.text.stream import Content, Event, OutputParser, Reasoning, Reply, ToolCall, ToolCallArguments, ToolCallStart
 from hadal.text.tokenizer import IncrementalDecoder, Tokenizer, TokenizerError, train_tokenizer
@@ -17,7 +17,6 @@ __all__ = [
     "PromptTexts",
     "Reasoning",
     "Reply",
-    "Rules",
     "StopStrings",
     "Tokenizer",
     "TokenizerError",

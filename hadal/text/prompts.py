@@ -12,27 +12,17 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from hadal.text.tokens import DSML, THINK_CLOSE, THINK_OPEN
 
-Rules = Literal["preview", "0731"]
 ENCODING_FILE = "encoding/encoding_dsv4.py"
 
-_EFFORT_A = "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7"
-_EFFORT_B = "53fb31b8392ec5b4a926481943efc67636748f137c1a49d493a7af4d4fa55d2c"
-_TOOLS = "09b7269daaddbeaf11a3ed55c07b1846c35162b841d8b4301bbe0449879d1fd8"
-_RESPONSE_FORMAT = "012f31fcc1338bdfe25b132eaf56ab020ee75ab8e649f37b30b8e5f544fb17a5"
-
-# Which text has which SHA-256, by rule set; 0731 gives preview's "max" sentence to "high" and has a stronger one.
-OFFICIAL_HASHES: Mapping[Rules, Mapping[str, str]] = {
-    "preview": {"max effort": _EFFORT_A, "tools": _TOOLS, "response format": _RESPONSE_FORMAT},
-    "0731": {
-        "high effort": _EFFORT_A,
-        "max effort": _EFFORT_B,
-        "tools": _TOOLS,
-        "response format": _RESPONSE_FORMAT,
-    },
+# Which text has which SHA-256. The 0731 rules give preview's "max" sentence to "high" and add a stronger one.
+OFFICIAL_HASHES: Mapping[str, str] = {
+    "effort": "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7",
+    "stronger effort": "53fb31b8392ec5b4a926481943efc67636748f137c1a49d493a7af4d4fa55d2c",
+    "tools": "09b7269daaddbeaf11a3ed55c07b1846c35162b841d8b4301bbe0449879d1fd8",
+    "response format": "012f31fcc1338bdfe25b132eaf56ab020ee75ab8e649f37b30b8e5f544fb17a5",
 }
 
 # Fields of the two templates and the control token of each; None is the caller's JSON, which may hold no control token.
@@ -85,16 +75,14 @@ def fill_template(template: str, payload: str) -> list[tuple[str, bool]]:
     return pieces
 
 
-def read_prompt_texts(directory: str | Path, rules: Rules, *, hashes: Mapping[str, str] | None = None) -> PromptTexts:
-    """Reads the official sentences of a checkpoint directory, as data, and checks each against its SHA-256.
+def read_prompt_texts(directory: str | Path) -> PromptTexts:
+    """Reads the official sentences of a checkpoint directory, as data; which rules they make up, the file decides.
 
-    `hashes` replaces `OFFICIAL_HASHES[rules]` (same keys). Raises PromptTextError naming file, hash and remedy when
-    the file is missing, is not Python, or lacks a sentence in its published form.
+    Raises PromptTextError naming file, hash and remedy when the file is missing, is not Python, or lacks a sentence in
+    its published form.
     """
-    _check_rules(rules)
-    wanted = OFFICIAL_HASHES[rules] if hashes is None else hashes
     path = Path(directory) / ENCODING_FILE
-    remedy = f"copy {ENCODING_FILE} of the official {rules} checkpoint into the model directory"
+    remedy = f"copy {ENCODING_FILE} of the official checkpoint into the model directory"
     if not path.is_file():
         raise PromptTextError(f"{path} does not exist and the prompt sentences are read from it; {remedy}")
     try:
@@ -103,30 +91,20 @@ def read_prompt_texts(directory: str | Path, rules: Rules, *, hashes: Mapping[st
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise PromptTextError(f"{path} is not readable as Python source ({error}); {remedy}") from error
     by_hash = {hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(): text for text in strings}
-    for name, digest in wanted.items():
-        if digest not in by_hash:
+    found = {name: by_hash[digest] for name, digest in OFFICIAL_HASHES.items() if digest in by_hash}
+    for name, digest in OFFICIAL_HASHES.items():
+        if name not in found and name != "stronger effort":
             raise PromptTextError(f"{path} has no string with SHA-256 {digest} (the {name} text); {remedy}")
-    return _assemble(rules, {name: by_hash[digest] for name, digest in wanted.items()})
+    tools, response_format = found["tools"], found["response format"]
+    if "stronger effort" not in found:
+        return PromptTexts({"high": "", "max": found["effort"]}, "high", tools, response_format)
+    efforts = {"low": "", "high": found["effort"], "max": found["stronger effort"]}
+    return PromptTexts(efforts, "low", tools, response_format)
 
 
-def own_prompt_texts(rules: Rules = "0731") -> PromptTexts:
-    """Hadal's own wording in the same grammar, for models trained here (the embedded one knows these sentences)."""
-    _check_rules(rules)
-    texts = {"max effort": _OWN_MAX, "tools": _OWN_TOOLS, "response format": _OWN_RESPONSE_FORMAT}
-    return _assemble(rules, texts if rules == "preview" else {**texts, "high effort": _OWN_HIGH})
-
-
-def _check_rules(rules: str) -> None:
-    if rules not in get_args(Rules):
-        raise PromptTextError(f"unknown chat rules {rules!r}; take one of {', '.join(get_args(Rules))}")
-
-
-def _assemble(rules: Rules, texts: Mapping[str, str]) -> PromptTexts:
-    if rules == "preview":
-        efforts, default = {"high": "", "max": texts["max effort"]}, "high"
-    else:
-        efforts, default = {"low": "", "high": texts["high effort"], "max": texts["max effort"]}, "low"
-    return PromptTexts(efforts, default, tools=texts["tools"], response_format=texts["response format"])
+def own_prompt_texts() -> PromptTexts:
+    """Hadal's own wording in the same grammar, for models trained here; "high" says nothing, as in their training."""
+    return PromptTexts({"high": "", "max": _OWN_MAX}, "high", _OWN_TOOLS, _OWN_RESPONSE_FORMAT)
 
 
 def _constant_strings(node: ast.expr) -> list[str]:
@@ -138,9 +116,6 @@ def _constant_strings(node: ast.expr) -> list[str]:
     return []
 
 
-_OWN_HIGH = """Think with care: split the task into steps, do each one, and check the result before answering.
-
-"""
 _OWN_MAX = """Think as long as the task needs. Look at it from several sides, write each step down,
 try to prove yourself wrong, and answer only when nothing is left open.
 

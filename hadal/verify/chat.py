@@ -53,5 +53,5 @@ def _recover_texts(output: str) -> PromptTexts:
     ):
         template = template.replace(token, f"{{{field}}}")
     digest = hashlib.sha256(template.encode()).hexdigest()
-    assert digest == OFFICIAL_HASHES["preview"]["tools"], f"the recovered tools section has SHA-256 {digest}"
+    assert digest == OFFICIAL_HASHES["tools"], f"the recovered tools section has SHA-256 {digest}"
     return PromptTexts({"high": "", "max": ""}, "high", template, "{schema}")

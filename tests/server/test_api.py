@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from hadal.text import own_prompt_texts
 from tests.fakes import ScriptedModel, scripted_llm
 from tests.server.conftest import Running
 from tests.test_llm import SCRIPT
@@ -60,14 +62,30 @@ def test_openai_client_streams_the_same_answer(client: openai.OpenAI) -> None:
     assert len({c.id for c in chunks}) == 1 and len(chunks) > 10
 
 
+EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max", "ultra")
+
+
+def prompt_tokens(server: Running) -> dict[str, int]:
+    made = {e: server.call("/chat/completions", ask("greet", reasoning_effort=e))[1] for e in EFFORTS}
+    made["none"] = server.call("/chat/completions", ask("greet"))[1]
+    return {effort: body["usage"]["prompt_tokens"] for effort, body in made.items()}
+
+
 def test_thinking_can_be_switched_off_and_effort_folded(client: openai.OpenAI, server: Running) -> None:
     made = client.chat.completions.create(**ask("plain"), extra_body={"thinking": {"type": "disabled"}})
     assert made.choices[0].message.content == "one. two. three."
     assert "reasoning_content" not in made.choices[0].message.model_dump(exclude_unset=True)
-    prompt = {e: server.call("/chat/completions", ask("greet", reasoning_effort=e))[1]["usage"]["prompt_tokens"]
-              for e in ("minimal", "low", "medium", "high", "xhigh", "max", "ultra")}  # fmt: skip
-    assert prompt["minimal"] == prompt["low"] < prompt["medium"] == prompt["high"] == prompt["xhigh"]
-    assert prompt["max"] == prompt["ultra"] != prompt["high"]
+    counts = prompt_tokens(server)
+    assert counts["max"] == counts["ultra"] > counts["none"]
+    assert {counts[effort] for effort in EFFORTS[:5]} == {counts["none"]}
+
+
+def test_rules_with_three_efforts_tell_them_apart(start: Callable[..., Any]) -> None:
+    texts = dataclasses.replace(own_prompt_texts(), efforts={"low": "", "high": "!", "max": "!!"}, default_effort="low")
+    with start(scripted_llm(SCRIPT, texts=texts)) as server:
+        counts = prompt_tokens(server)
+    assert counts["minimal"] == counts["low"] == counts["high"] - 1
+    assert counts["medium"] == counts["high"] == counts["xhigh"] == counts["none"] < counts["max"] == counts["ultra"]
 
 
 def test_tool_calls_whole_streamed_and_replayed(client: openai.OpenAI) -> None:

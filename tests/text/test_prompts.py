@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hadal.text import PromptTextError, PromptTexts, own_prompt_texts, read_prompt_texts
+from hadal.text import PromptTextError, PromptTexts, own_prompt_texts, prompts, read_prompt_texts
 from hadal.text.prompts import OFFICIAL_HASHES
 
 HIGH = "Look twice.\n\n"
@@ -16,7 +16,7 @@ TOOLS = 'Tools: <{dsml_token}x> "{tool_schemas}" {thinking_start_token}{thinking
 FORMAT = "Follow {schema}"
 HASHES = {
     name: hashlib.sha256(text.encode()).hexdigest()
-    for name, text in (("high effort", HIGH), ("max effort", MAX), ("tools", TOOLS), ("response format", FORMAT))
+    for name, text in (("effort", HIGH), ("stronger effort", MAX), ("tools", TOOLS), ("response format", FORMAT))
 }
 
 # As a vendor's file may look: sentences in a dict, a sum, joined literals, a default; and code that must not run.
@@ -35,6 +35,11 @@ def fill(schema, template={FORMAT!r}):
 """
 
 
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "OFFICIAL_HASHES", HASHES)
+
+
 def write(directory: Path, source: str) -> Path:
     path = directory / "encoding" / "encoding_dsv4.py"
     path.parent.mkdir(exist_ok=True)
@@ -42,32 +47,30 @@ def write(directory: Path, source: str) -> Path:
     return path
 
 
-def test_sentences_are_found_wherever_they_stand(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("hashes")
+def test_sentences_are_found_wherever_they_stand_and_decide_the_rules(tmp_path: Path) -> None:
     write(tmp_path, SOURCE)
-    texts = read_prompt_texts(tmp_path, "0731", hashes=HASHES)
-    assert texts == PromptTexts({"low": "", "high": HIGH, "max": MAX}, "low", TOOLS, FORMAT)
-    preview = read_prompt_texts(tmp_path, "preview", hashes={k: v for k, v in HASHES.items() if k != "high effort"})
-    assert preview == PromptTexts({"high": "", "max": MAX}, "high", TOOLS, FORMAT)
+    assert read_prompt_texts(tmp_path) == PromptTexts({"low": "", "high": HIGH, "max": MAX}, "low", TOOLS, FORMAT)
+    write(tmp_path, SOURCE.replace("Look three", "Look four"))
+    assert read_prompt_texts(tmp_path) == PromptTexts({"high": "", "max": HIGH}, "high", TOOLS, FORMAT)
 
 
+@pytest.mark.usefixtures("hashes")
 def test_an_altered_sentence_is_named_with_file_hash_and_remedy(tmp_path: Path) -> None:
-    path = write(tmp_path, SOURCE.replace("Look three", "Look four"))
+    path = write(tmp_path, SOURCE.replace("Look twice", "Look four"))
     with pytest.raises(PromptTextError) as caught:
-        read_prompt_texts(tmp_path, "0731", hashes=HASHES)
-    for part in (str(path), HASHES["max effort"], "max effort", "copy encoding/encoding_dsv4.py"):
+        read_prompt_texts(tmp_path)
+    for part in (str(path), HASHES["effort"], "(the effort text)", "copy encoding/encoding_dsv4.py"):
         assert part in str(caught.value)
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PromptTextError, match=r"does not exist.*copy"):
-        read_prompt_texts(tmp_path, "preview")
+        read_prompt_texts(tmp_path)
     for source in ("def (", "(" * 5000, "x = '\0'"):
         write(tmp_path, source)
         with pytest.raises(PromptTextError, match=r"not readable as Python.*copy"):
-            read_prompt_texts(tmp_path, "preview")
-    write(tmp_path, "x = 1")
-    with pytest.raises(PromptTextError, match=r"unknown chat rules '0813'"):
-        read_prompt_texts(tmp_path, "0813")  # type: ignore[arg-type]
+            read_prompt_texts(tmp_path)
 
 
 def test_a_template_with_other_fields_is_refused(tmp_path: Path) -> None:
@@ -80,17 +83,13 @@ def test_published_hashes_are_those_of_the_reference_documents(shared_dir: Path)
     document = (shared_dir / "data" / "v4-format" / "ENCODING.md").read_text(encoding="utf-8")
     begin = document.index("Reasoning Effort: ")
     effort = document[begin : document.index("\n```", begin)] + "\n\n"
-    assert hashlib.sha256(effort.encode()).hexdigest() == OFFICIAL_HASHES["preview"]["max effort"]
-    assert OFFICIAL_HASHES["0731"]["high effort"] == OFFICIAL_HASHES["preview"]["max effort"]
+    assert hashlib.sha256(effort.encode()).hexdigest() == OFFICIAL_HASHES["effort"]
     specification = (shared_dir / "spec" / "architecture.md").read_text(encoding="utf-8")
-    assert all(digest in specification for hashes in OFFICIAL_HASHES.values() for digest in hashes.values())
+    assert all(digest in specification for digest in OFFICIAL_HASHES.values())
 
 
-def test_own_wording_has_the_ladders_of_both_rules() -> None:
-    preview, latest = own_prompt_texts("preview"), own_prompt_texts()
-    assert (list(preview.efforts), preview.default_effort, preview.efforts["high"]) == (["high", "max"], "high", "")
-    assert (list(latest.efforts), latest.default_effort, latest.efforts["low"]) == (["low", "high", "max"], "low", "")
-    assert latest.efforts["high"] and latest.efforts["high"] != latest.efforts["max"]
-    official = set(OFFICIAL_HASHES["0731"].values())
-    for text in (*latest.efforts.values(), latest.tools, latest.response_format):
-        assert hashlib.sha256(text.encode()).hexdigest() not in official
+def test_own_wording_puts_nothing_in_front_unless_asked_for_the_most() -> None:
+    own = own_prompt_texts()
+    assert (list(own.efforts), own.default_effort, own.efforts["high"]) == (["high", "max"], "high", "")
+    for text in (own.efforts["max"], own.tools, own.response_format):
+        assert hashlib.sha256(text.encode()).hexdigest() not in OFFICIAL_HASHES.values()
