@@ -45,10 +45,10 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def memory_available(device: torch.device) -> int:
-    """Free bytes on `device`; for a CPU the smaller of the machine's free memory and what the control group allows."""
-    if device.type != "cpu":
-        free, _ = torch.get_device_module(device).mem_get_info(device)
-        return int(free)
+    """Free bytes on `device`; for a CPU, or one sharing its memory, what machine and control group allow."""
+    module = torch.get_device_module(device)
+    if device.type != "cpu" and hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[0])
     free = _meminfo() if Path("/proc/meminfo").exists() else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":

@@ -31,3 +31,8 @@ def test_an_index_beyond_the_last_accelerator_is_refused() -> None:
         pytest.skip("this machine has no accelerator")
     with pytest.raises(device.DeviceError, match="does not exist"):
         device.resolve(f"{kind}:99")
+
+
+def test_an_accelerator_that_cannot_tell_its_memory_shares_the_host_s() -> None:
+    assert not hasattr(torch.mps, "mem_get_info")
+    assert 2**20 < device.memory_available(torch.device("mps")) < 2**50

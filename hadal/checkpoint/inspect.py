@@ -7,14 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hadal.checkpoint.hf import official_config
 from hadal.checkpoint.load import locate_model
 from hadal.checkpoint.names import DRAFT_PREFIX, EXPERT_PROBE, TensorSpec, shard_plan, tensor_table
 from hadal.checkpoint.safetensors import CheckpointError
-from hadal.checkpoint.source import INDEX_FILE, open_checkpoint, read_config, read_index, read_json
+from hadal.checkpoint.source import INDEX_FILE, open_checkpoint, parse_config, read_config, read_index, read_json
 from hadal.config import PRESETS, ModelConfig, preset
 from hadal.plan import count
 
@@ -62,7 +62,7 @@ def inspect(path: str | Path) -> Inspection:
         raw = read_json(file)
         if "weight_map" in raw:
             return _from_index(file, raw)
-        return _from_config(ModelConfig.from_dict(official_config(raw)))
+        return _from_config(parse_config(raw, file))
     directory = locate_model(path)
     if not any(directory.glob("*.safetensors")):
         if (directory / INDEX_FILE).exists():
@@ -77,7 +77,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _from_config(config: ModelConfig) -> Inspection:
-    table = list(tensor_table(config))
+    table = _table(config)
     formats = (config.expert_format, config.dense_format)
     dtypes = dict(Counter(spec.dtype for spec in table))
     return _describe("config", config, formats, len(table), len(shard_plan(table)), dtypes, _total(table))
@@ -85,11 +85,14 @@ def _from_config(config: ModelConfig) -> Inspection:
 
 def _from_index(file: Path, raw: dict[str, Any]) -> Inspection:
     weight_map = read_index(file)
-    nbytes = raw.get("metadata", {}).get("total_size")
+    metadata = {} if raw.get("metadata") is None else raw["metadata"]
+    nbytes = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    if not isinstance(nbytes, int | None):
+        raise CheckpointError(f"{file} gives its `metadata` as {metadata!r:.80}; it must hold `total_size` in bytes")
     shards = len(set(weight_map.values()))
     config = read_config(file.parent) if (file.parent / "config.json").exists() else _published(weight_map, nbytes)
     if config is not None:
-        table = list(tensor_table(config))
+        table = _table(config)
         formats = (config.expert_format, config.dense_format)
         if {spec.name for spec in table} == weight_map.keys() and _total(table) == nbytes:
             dtypes = dict(Counter(spec.dtype for spec in table))
@@ -144,17 +147,25 @@ def _describe(
 
 def _release(config: ModelConfig, nbytes: int) -> str | None:
     for name in PRESETS:
-        if preset(name).compress_ratios == config.compress_ratios and _total(tensor_table(preset(name))) == nbytes:
+        if preset(name).compress_ratios == config.compress_ratios and _total(_table(preset(name))) == nbytes:
             return name
     return None
 
 
 def _published(weight_map: dict[str, str], nbytes: int | None) -> ModelConfig | None:
+    layers = len({match[1] for name in weight_map if (match := _LAYER.match(name))})
     for name in PRESETS:
-        table = list(tensor_table(preset(name)))
+        if preset(name).num_hidden_layers != layers:
+            continue
+        table = _table(preset(name))
         if len(table) == len(weight_map) and _total(table) == nbytes and all(s.name in weight_map for s in table):
             return preset(name)
     return None
+
+
+@lru_cache(maxsize=1)  # that of a released model takes half a second, and one description asks several times
+def _table(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    return tuple(tensor_table(config))
 
 
 def _total(table: Iterable[TensorSpec]) -> int:

@@ -168,12 +168,12 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _download(repository: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{repository!r} is no directory here and could not be fetched from the Hub ({reason}); check the name, "
             "the network and access rights"

@@ -37,8 +37,8 @@ class TensorSpec:
     """One tensor of a checkpoint in official naming.
 
     `parameter` is the attribute path in `hadal.model.Model`, `expert` the row of a stacked expert parameter. `family`
-    says which format setting governs the tensor; `columns` is the logical number of columns of a matrix. `group` is its
-    place in the official shard order: embedding, one per layer, head, one per draft stage.
+    says which format setting governs the tensor. `group` is its place in the official shard order: embedding, one per
+    layer, head, one per draft stage.
     """
 
     name: str

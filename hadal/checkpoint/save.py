@@ -30,7 +30,7 @@ Weight = Tensor | PackedWeight
 
 _COMPANIONS = [
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "encoding/encoding_dsv4.py", "LICENSE",
-    "README.md",
+    "README.md", "MODEL_CARD.md", "CREDITS.md",
 ]  # fmt: skip
 _TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 

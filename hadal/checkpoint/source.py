@@ -28,7 +28,7 @@ from hadal.checkpoint.names import (
     tensor_table,
 )
 from hadal.checkpoint.safetensors import CheckpointError, Entry, Header, MappedFiles, read_header
-from hadal.config import ModelConfig, WeightFormat
+from hadal.config import ConfigError, ModelConfig, WeightFormat
 from hadal.quant import PackedWeight
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,15 +56,12 @@ class Checkpoint:
         formats: dict[str, Any] = {"expert_format": self.expert_format, "dense_format": self.dense_format}
         return tuple(tensor_table(self.config, **formats))
 
-    @property
-    def nbytes(self) -> int:
-        """Payload bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
     def weight(self, spec: TensorSpec) -> Tensor | PackedWeight:
-        """The weight `spec` as stored, without a copy; CheckpointError when a scale is NaN."""
+        """The weight `spec` as stored, without a copy; CheckpointError when a scale is NaN or an expert unknown."""
         assert spec.role == "weight", spec.name
         stored = self._files.view(self.entries[spec.name])
+        if spec.dtype == "I64":
+            self._check_experts(spec, stored)
         if spec.dtype not in ("I8", "F8_E4M3"):
             return stored
         entry = self.entries[spec.scale_name]
@@ -74,6 +71,15 @@ class Checkpoint:
         if spec.dtype == "I8":
             return PackedWeight("fp4", stored.view(torch.uint8), scales, spec.matrix_shape)
         return PackedWeight("fp8", stored, scales, spec.matrix_shape)
+
+    def _check_experts(self, spec: TensorSpec, ids: Tensor) -> None:
+        count = self.config.n_routed_experts
+        for expert in (int(ids.min()), int(ids.max())):
+            if not 0 <= expert < count:
+                raise CheckpointError(
+                    f"{self.entries[spec.name].file}: tensor {spec.name} names expert {expert}, but the model has "
+                    f"{count}; fetch the file again or check config.json"
+                )
 
     def by_parameter(self) -> Iterator[tuple[str, list[TensorSpec]]]:
         """Each model parameter with the weights that fill it (several for stacked experts), one group at a time."""
@@ -119,7 +125,19 @@ def read_config(path: Path) -> ModelConfig:
         file = path / "inference" / "config.json"
     if not file.exists():
         raise CheckpointError(f"{path} has no config.json; copy the official one there")
-    return ModelConfig.from_dict(official_config(read_json(file)))
+    return parse_config(read_json(file), file)
+
+
+def parse_config(raw: dict[str, Any], file: Path) -> ModelConfig:
+    """The configuration in a JSON object read from `file`; CheckpointError or ConfigError when it holds none."""
+    try:
+        return ModelConfig.from_dict(official_config(raw))
+    except (ConfigError, CheckpointError):
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{file} has a value of the wrong kind ({error}); copy the official config.json there"
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

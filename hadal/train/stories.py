@@ -120,7 +120,7 @@ class Story:
 
 
 def generate_story(random: Random) -> Story:
-    """One story of about 100 to 180 words; the same generator state gives the same story."""
+    """One story of about 90 to 125 words; the same generator state gives the same story."""
     he, name = _name(random)
     kind = random.choice(_ANIMALS) if random.random() < 0.6 else {"he": "boy", "she": "girl"}[he]
     friend_kind = random.choice([a for a in _ANIMALS if a != kind])

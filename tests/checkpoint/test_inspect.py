@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hadal.checkpoint import CheckpointError, inspect, shard_plan, tensor_table
-from hadal.config import ModelConfig, preset
+from hadal.checkpoint.hf import hf_config
+from hadal.config import ConfigError, ModelConfig, preset
 
 
 def write_index(path: Path, config: ModelConfig) -> Path:
@@ -76,3 +78,30 @@ def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="not an object"):
         inspect(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("metadata", [[], 7, {"total_size": "x"}, {"total_size": 1.5}])
+def test_an_index_with_wrong_metadata_is_one_sentence(official: Path, tmp_path: Path, metadata: object) -> None:
+    raw = json.loads((official / "model.safetensors.index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(raw | {"metadata": metadata}))
+    with pytest.raises(CheckpointError, match=r"index\.json gives its `metadata`"):
+        inspect(tmp_path / "index.json")
+    (tmp_path / "index.json").write_text(json.dumps(raw | {"metadata": None}))
+    assert inspect(tmp_path / "index.json").bytes is None
+
+
+@pytest.mark.parametrize(
+    "key", ["compress_rates", "layer_types", "mlp_layer_types", "partial_rotary_factor", "rope_parameters"]
+)
+@pytest.mark.parametrize("value", [None, 3, "x", ["x"], [[]], {"compress": 3}])
+def test_configs_with_values_of_the_wrong_kind_are_one_sentence(tmp_path: Path, key: str, value: object) -> None:
+    raw = hf_config(preset("nano"))
+    for gone in ("compress_ratios", "num_hash_layers", "rope_scaling"):
+        raw.pop(gone)
+    raw["rope_parameters"] = {"compress": {"rope_type": "default"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert inspect(tmp_path / "config.json").source == "config"
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    for path in (tmp_path, tmp_path / "config.json"):
+        with contextlib.suppress(CheckpointError, ConfigError):  # some values mean something; none may escape
+            inspect(path)

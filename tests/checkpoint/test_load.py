@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hadal.checkpoint import CheckpointError, load_model, locate_model, source_of
 from hadal.model import Model
 from hadal.quant import PackedWeight
+from tests.checkpoint.tiny import random_tensors, tiny_config, write_checkpoint
 from tests.quant import oracle
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]
@@ -167,3 +168,20 @@ def test_a_repository_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest
 def test_unknown_options_are_errors(official: Path, option: str, value: str) -> None:
     with pytest.raises(ValueError, match=value):
         load_model(official, **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/" + "b" * 100])
+def test_names_the_hub_refuses_are_one_sentence(name: str) -> None:
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        locate_model(name)
+
+
+@pytest.mark.parametrize("expert", [-1, 4, 99])
+def test_a_hash_table_that_names_no_expert_is_refused(tmp_path: Path, expert: int) -> None:
+    tensors = random_tensors(tiny_config())
+    tensors["layers.0.ffn.gate.tid2eid"][7, 1] = expert
+    path = write_checkpoint(tmp_path / "m", tiny_config(), tensors)
+    with pytest.raises(
+        CheckpointError, match=rf"safetensors: tensor layers\.0\.ffn\.gate\.tid2eid names expert {expert},"
+    ):
+        load_model(path, device="cpu")

@@ -120,11 +120,18 @@ def test_a_checkpoint_can_be_saved_over_itself(official: Path, tmp_path: Path) -
 def test_companion_files_go_along(official: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(official, tmp_path / "with"))
     (path / "encoding").mkdir()
-    for name in ("tokenizer.json", "generation_config.json", "encoding/encoding_dsv4.py"):
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "encoding/encoding_dsv4.py",
+        "MODEL_CARD.md",
+        "CREDITS.md",
+    ):
         (path / name).write_text(json.dumps(name))
     (path / "model_code.py").write_text("raise SystemExit")
     save_model(load_model(path, device="cpu"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "encoding" / "encoding_dsv4.py").read_text()) == "encoding/encoding_dsv4.py"
+    assert (tmp_path / "out" / "MODEL_CARD.md").exists() and (tmp_path / "out" / "CREDITS.md").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "model_code.py").exists()
 
 

@@ -1,7 +1,6 @@
 """Losses against naive loops over tokens."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -115,4 +114,3 @@ def test_router_bias_moves_by_the_sign_only():
     assert bias.tolist() == pytest.approx([-0.001, -0.001, 0.001])
     update_router_bias(bias, torch.tensor([2.0, 2.0, 2.0]), 0.001)
     assert bias.tolist() == pytest.approx([-0.001, -0.001, 0.001])
-    assert math.isfinite(float(bias.sum()))
