@@ -86,8 +86,8 @@ def _from_config(config: ModelConfig) -> Inspection:
 def _from_index(file: Path, raw: dict[str, Any]) -> Inspection:
     weight_map = read_index(file)
     metadata = {} if raw.get("metadata") is None else raw["metadata"]
-    nbytes = metadata.get("total_size") if isinstance(metadata, dict) else metadata
-    if not isinstance(nbytes, int | None):
+    nbytes = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(nbytes, int | None):
         raise CheckpointError(f"{file} gives its `metadata` as {metadata!r:.80}; it must hold `total_size` in bytes")
     shards = len(set(weight_map.values()))
     config = read_config(file.parent) if (file.parent / "config.json").exists() else _published(weight_map, nbytes)
