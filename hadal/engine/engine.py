@@ -48,9 +48,9 @@ def plan_step(running: Sequence[Request], token_budget: int) -> list[tuple[Reque
 class Engine:
     """Runs many requests at once; not thread-safe: one thread calls every method.
 
-    At most `max_concurrent` requests run, the others wait in order. A step computes at most `token_budget` tokens,
-    so a long prompt never holds up the others for longer than one chunk. Token ids from `vocabulary` on, which a model
-    may have as padding, are neither accepted nor chosen.
+    At most `max_concurrent` requests run, the others wait in order. A step computes at most `token_budget` tokens, or
+    one for each request where that is more, so a long prompt holds up the others for one chunk at a time. Token ids
+    from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen.
     """
 
     def __init__(
@@ -65,11 +65,6 @@ class Engine:
     ) -> None:
         if max_concurrent < 1:
             raise RequestError(f"`max_concurrent` is {max_concurrent}; at least one request must run", "max_concurrent")
-        if token_budget < max_concurrent:
-            raise RequestError(
-                f"`token_budget` is {token_budget}; give at least one token to each of {max_concurrent} requests",
-                "token_budget",
-            )
         longest = model.config.max_position_embeddings
         if max_context is not None and not 2 <= max_context <= longest:
             raise RequestError(f"`max_context` is {max_context}; this model allows 2 to {longest}", "max_context")
@@ -84,7 +79,7 @@ class Engine:
         self._model = model
         self.device = device
         self._max_concurrent = max_concurrent
-        self._token_budget = token_budget
+        self._token_budget = max(token_budget, max_concurrent)
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -95,9 +90,10 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def prepare(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: int = 0) -> Request:
-        """A checked Request that is not queued yet; touches no engine state, so any thread may call it.
+        """A checked Request that is not queued yet; it leaves the queues alone, so any thread may call it.
 
-        Raises RequestError for an empty prompt, an id outside the vocabulary or a prompt that fills the context.
+        `stream` tells apart samples that share a seed. Raises RequestError for an empty prompt, a prompt or stop id
+        outside the vocabulary, or a prompt that fills the context.
         """
         if not prompt_ids:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
@@ -123,12 +119,6 @@ class Engine:
         """Queue a prepared request; it joins the batch at a following step."""
         assert request.state is None and not request.finished
         self._waiting.append(request)
-
-    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """`prepare` and `submit` in one call."""
-        request = self.prepare(prompt_ids, params)
-        self.submit(request)
-        return request
 
     def abort(self, request: Request) -> None:
         """End a request now and free its state; nothing happens if it has ended already."""
@@ -157,9 +147,8 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_concurrent:
-            request = self._waiting.popleft()
-            request.state = self._model.new_state()
-            self._running.append(request)
+            self._waiting[0].state = self._model.new_state()  # it may fail, and then nobody gets lost
+            self._running.append(self._waiting.popleft())
 
     def _accept(self, request: Request, choice: Choice) -> None:
         if choice.error is not None:

@@ -42,9 +42,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = _as_tuple("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         _check("n", self.n, _is_int(self.n) and 1 <= self.n <= 128, "an integer from 1 to 128")
         _check(
             "max_tokens",
@@ -69,6 +69,11 @@ class SamplingParams:
 def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
     if not ok:
         raise RequestError(f"`{name}` is {value!r}; it must be {wanted}", name)
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    _check(name, value, value is None or isinstance(value, list | tuple), "a list")
+    return tuple(value or ())
 
 
 def _is_int(value: Any) -> bool:

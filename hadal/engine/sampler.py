@@ -51,7 +51,7 @@ def uniform(seed: int, stream: int, position: int) -> float:
     x = _mix(seed & _MASK)
     x = _mix(x + stream * 0xD1B54A32D192ED03)
     x = _mix(x + position * 0x8CB92BA72F3D8DD7)
-    return ((x >> 11) + 0.5) * 2.0**-53
+    return ((x >> 12) + 0.5) * 2.0**-52
 
 
 def _mix(x: int) -> int:

@@ -44,6 +44,7 @@ def create_app(llm: LLM, *, keep_alive_seconds: float = KEEP_ALIVE_SECONDS) -> F
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unforeseen)
 
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions", include_in_schema=False)
@@ -200,15 +201,17 @@ async def _stream(service: Service, answer: _Answer, request: Request, patience:
     try:
         with service.open(answer.generation) as ticket:
             yield _event(answer.opening())
-            while True:
+            sent = time.monotonic()
+            delta = None
+            while delta is None or delta.finish_reason is None:
                 delta = await _next(ticket, request, patience)
-                if delta is None:
-                    yield ": keep-alive\n\n"
-                    continue
-                if chunk := answer.chunk(delta):
+                if delta is not None and (chunk := answer.chunk(delta)):
                     yield _event(chunk)
-                if delta.finish_reason is not None:
-                    break
+                elif time.monotonic() < sent + patience:
+                    continue  # the model writes, but nothing that can be told yet
+                else:
+                    yield ": keep-alive\n\n"
+                sent = time.monotonic()
     except APIError as error:  # the status line is long gone: the error travels as an event
         if error.status == _CLIENT_GONE:
             return
@@ -232,16 +235,12 @@ async def _whole(service: Service, answer: _Answer, request: Request) -> dict[st
 
 
 async def _patient(whole: asyncio.Future[dict[str, Any]], patience: float) -> AsyncIterator[str]:
-    """Blank lines, which JSON ignores, until the answer is there; an error then comes as a body under status 200."""
+    """Blank lines, which JSON ignores, until the answer is there; an error breaks the body off, for 200 was sent."""
     try:
         while not whole.done():
             yield "\n"
             await asyncio.wait({whole}, timeout=patience)
-        try:
-            body = whole.result()
-        except APIError as error:
-            body = error.body
-        yield json.dumps(body, ensure_ascii=False)
+        yield json.dumps(whole.result(), ensure_ascii=False)
     finally:
         whole.cancel()
 
@@ -262,3 +261,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         f"there is no {request.method} {request.url.path} here" if error.status_code in (404, 405) else error.detail
     )
     return await _api_error(request, APIError(error.status_code, message))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return await _api_error(request, APIError(500, "the server failed on this request; see its log"))

@@ -25,7 +25,7 @@ class APIError(Exception):
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +43,7 @@ class Message(_Body):
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    prefix: bool | None = None
 
     @model_validator(mode="after")
     def _names_its_call(self) -> Message:
@@ -106,7 +107,7 @@ class ChatRequest(_Body):
     max_completion_tokens: int | None = Field(None, ge=1, le=393216)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field([], max_length=16)
     stream: bool = False

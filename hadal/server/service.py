@@ -95,17 +95,17 @@ class Service:
             try:
                 advanced = self.llm.step()
             except Exception:
-                # A failed step does not tell which request caused it: all that ran are ended, the service lives on.
-                _log.exception("a step of the engine failed; the requests under way are ended")
-                self._end_all(
-                    Delta(finish_reason="error", error="the engine failed on this request; see the server's log")
-                )
+                # A failed step does not tell which request caused it: all that ran are ended, those that wait go on.
+                _log.exception("a step of the engine failed; the requests that ran are ended")
+                ran = [g for g in self._live if g.request.state is not None or g.request.finished]
+                failed = Delta(finish_reason="error", error="the engine failed on this request; see the server's log")
+                self._end(ran or list(self._live), failed)
                 continue
             for generation, delta in advanced:
                 self._live[generation].put(delta)
                 if delta.finish_reason is not None:
                     del self._live[generation]
-        self._end_all(Delta(finish_reason="abort"))
+        self._end(list(self._live), Delta(finish_reason="abort"))
 
     def _obey(self) -> bool:
         """Carry out what has come in, waiting for something when there is nothing to compute; False to stop."""
@@ -118,8 +118,8 @@ class Service:
                 return False
             command()
 
-    def _end_all(self, delta: Delta) -> None:
-        for generation, ticket in list(self._live.items()):
+    def _end(self, generations: list[Generation], delta: Delta) -> None:
+        for generation in generations:
+            ticket = self._live[generation]
             self._drop(ticket)
             ticket.put(delta)
-            assert generation not in self._live

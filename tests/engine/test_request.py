@@ -11,8 +11,8 @@ from hadal.engine import RequestError, SamplingParams
         ("n", 0), ("n", True), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("temperature", -0.1),
         ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1),
         ("seed", 2**64), ("seed", "x"),
-        ("stop", [""]), ("stop", ["a"] * 17), ("stop_token_ids", [-1]), ("logprobs", 21),
-        ("logprobs", True), ("ignore_eos", 1),
+        ("stop", 5), ("stop", [""]), ("stop_token_ids", 5), ("stop", ["a"] * 17), ("stop_token_ids", [-1]),
+        ("logprobs", 21), ("logprobs", True), ("ignore_eos", 1),
     ],
 )  # fmt: skip
 def test_out_of_range_parameters_are_refused_by_name(field: str, value: object) -> None:

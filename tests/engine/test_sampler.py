@@ -4,8 +4,10 @@ import math
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 
+from hadal.engine import sampler
 from hadal.engine.request import Request, SamplingParams
 from hadal.engine.sampler import sample, uniform
 
@@ -64,6 +66,12 @@ def test_seed_stream_and_position_each_change_the_number() -> None:
     assert all(0 < x < 1 for x in numbers)
     assert abs(sum(numbers) / 1000 - 0.5) < 0.05
     assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
+
+
+@pytest.mark.parametrize("hashed", [0, 2**64 - 1])
+def test_no_hash_reaches_zero_or_one(monkeypatch: pytest.MonkeyPatch, hashed: int) -> None:
+    monkeypatch.setattr(sampler, "_mix", lambda x: hashed)
+    assert 0 < uniform(0, 0, 0) < 1
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import socket
 import threading
@@ -132,6 +133,14 @@ def test_logprobs_of_reasoning_and_content(client: openai.OpenAI) -> None:
         assert first["logprob"] > -1e-5 and bytes(first["bytes"]).decode() == first["token"]
 
 
+def test_the_last_assistant_message_can_be_continued(client: openai.OpenAI) -> None:
+    start: Any = {"role": "assistant", "content": "one. ", "prefix": True}
+    messages = [*ask("plain")["messages"], start]
+    for thinking in ("enabled", "disabled"):
+        body = ask("", messages=messages) | {"extra_body": {"thinking": {"type": thinking}}}
+        assert client.chat.completions.create(**body).choices[0].message.content == "two. three."
+
+
 def test_models_are_listed_in_both_places(client: openai.OpenAI, server: Running) -> None:
     assert [m.id for m in client.models.list()] == ["scripted"]
     assert server.call("/models") == server.call("/v1/models")
@@ -155,6 +164,14 @@ def test_models_are_listed_in_both_places(client: openai.OpenAI, server: Running
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, None, "differ"),
         ({"n": 2}, "n", "1"),
+        ({"n": True}, "n", "integer"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"max_tokens": "5"}, "max_tokens", "integer"),
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"temperature": True}, "temperature", "number"),
+        ({"messages": [{"role": "assistant", "content": "x", "prefix": 1}]}, "messages[0].prefix", "boolean"),
+        ({"messages": [{"role": "assistant", "content": "x", "prefix": True}] * 2}, None, "last text"),
+        ({"messages": [{"role": "user", "content": "x", "prefix": True}]}, None, "'prefix'"),
         ({"stop": ["a"] * 17}, "stop", "16"),
         ({"stop": [""]}, "stop", "non-empty"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'json_object' is not supported"),
@@ -235,8 +252,10 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) ->
 
 
 class SlowModel(ScriptedModel):
+    pause = 0.1
+
     def logits_ragged(self, *args: Any, **options: Any) -> Any:
-        time.sleep(0.1)
+        time.sleep(self.pause)
         return super().logits_ragged(*args, **options)
 
 
@@ -255,15 +274,23 @@ def test_slow_answers_are_kept_alive(start: Callable[..., Any]) -> None:
         assert ": keep-alive\n\n" in streamed and streamed.endswith("data: [DONE]\n\n")
         whole = post(ask("endless", max_tokens=3))
         assert whole.startswith("\n") and json.loads(whole)["usage"]["completion_tokens"] == 3
-        assert "not finite" in json.loads(post(ask("broken")))["error"]["message"]
+        with pytest.raises(http.client.IncompleteRead):
+            post(ask("broken"))
+        llm.engine._model.pause = 0.01  # type: ignore[attr-defined]
+        called = post(ask("call", stream=True, tools=TOOLS))
+        assert ": keep-alive\n\n" in called[called.rindex('"content"') : called.index('"tool_calls"')]
 
 
 def test_stopping_the_server_does_not_wait_for_endless_answers(start: Callable[..., Any]) -> None:
     llm = scripted_llm(SCRIPT, model=SlowModel)
 
+    outcomes: list[Any] = []
+
     def post() -> None:
-        with pytest.raises((OSError, ValueError)):  # cut off, or a bare 500
-            server.call("/chat/completions", ask("endless", max_tokens=1000))
+        try:
+            outcomes.append(server.call("/chat/completions", ask("endless", max_tokens=1000)))
+        except (OSError, ValueError) as error:  # cut off, or a bare 500
+            outcomes.append(error)
 
     with start(llm) as server:
         asking = threading.Thread(target=post)
@@ -271,3 +298,14 @@ def test_stopping_the_server_does_not_wait_for_endless_answers(start: Callable[.
         wait_until(lambda: server.active() == 1)
     asking.join(timeout=20)
     assert not asking.is_alive() and not llm.busy
+    (outcome,) = outcomes
+    assert isinstance(outcome, Exception) or outcome[0] >= 500
+
+
+def test_an_unforeseen_error_keeps_the_shape_of_errors(start: Callable[..., Any]) -> None:
+    llm = scripted_llm(SCRIPT)
+    with start(llm) as server:
+        llm.default_params = None  # type: ignore[method-assign,assignment]
+        status, body = server.call("/chat/completions", ask("plain"))
+        assert status == 500 and body["error"]["type"] == "server_error"
+        assert set(body["error"]) == {"message", "type", "param", "code"}

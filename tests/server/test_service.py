@@ -47,6 +47,42 @@ def test_leaving_a_ticket_early_frees_the_engine() -> None:
     asyncio.run(scenario())
 
 
+def test_a_failed_step_ends_what_ran_and_leaves_what_waited() -> None:
+    async def scenario() -> None:
+        llm = scripted_llm({"plain": "yes"}, max_concurrent=1)
+        service = Service(llm)
+        prepared = [
+            llm.prepare_chat([{"role": "user", "content": text}], ENDLESS, thinking=False)[0]
+            for text in ("<crash>", "plain")
+        ]
+        with service.open(prepared[0]) as crashes, service.open(prepared[1]) as waits:
+            service.start()
+            failed = await crashes.next(5)
+            assert failed is not None and failed.finish_reason == "error"
+            parts = []
+            while not parts or parts[-1].finish_reason is None:
+                parts.append(await waits.next(5))  # type: ignore[arg-type]
+            assert "".join(part.text for part in parts) == "yes" and parts[-1].finish_reason == "stop"
+        service.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_fails_before_anything_ran_ends_all() -> None:
+    async def scenario() -> None:
+        llm = scripted_llm({}, max_concurrent=1)
+        llm.engine._model.new_state = lambda: 1 / 0  # type: ignore[method-assign]
+        service = Service(llm)
+        with service.open(llm.prepare_chat([{"role": "user", "content": "x"}], ENDLESS)[0]) as ticket:
+            service.start()
+            failed = await ticket.next(5)
+            assert failed is not None and failed.finish_reason == "error"
+        service.close()
+        assert not llm.busy
+
+    asyncio.run(scenario())
+
+
 def test_no_delta_in_time_is_none() -> None:
     async def scenario() -> None:
         llm = scripted_llm({})
