@@ -75,6 +75,16 @@ def test_chat_without_thinking_has_no_reasoning(llm: LLM) -> None:
     assert (made.reasoning, made.text) == (None, "one. two. three.")
 
 
+def test_reasoning_tokens_are_those_of_the_reasoning_text() -> None:
+    llm = scripted_llm({"open": "<think>hm</think>ok"})
+    (generation,) = llm.prepare_chat(ask("open"), GREEDY, thinking=False)
+    llm.submit(generation)
+    while llm.busy:
+        llm.step()
+    made = generation.output()
+    assert (made.reasoning, made.text, generation.reasoning_tokens) == ("hm", "ok", len(["h", "m", "</think>"]))
+
+
 def test_chat_answers_several_conversations(llm: LLM) -> None:
     texts = [answer(o).text for o in llm.chat([ask("greet"), ask("plain")], GREEDY, thinking=False)]
     assert texts[1] == "one. two. three."

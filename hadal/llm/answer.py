@@ -21,10 +21,8 @@ from hadal.text import (
     Reasoning,
     StopStrings,
     Tokenizer,
-    ToolCallArguments,
-    ToolCallStart,
 )
-from hadal.text.tokens import THINK_CLOSE
+from hadal.text import ToolCall as WrittenCall
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
@@ -95,10 +93,9 @@ class Generation:
         self.inbox: deque[Delta] | None = None  # deltas that a stream has yet to hand out
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
-        self._thinks = self._reasons = chat is not None and chat.end == "thinking"
+        self._thinks = chat is not None and chat.end == "thinking"
         self._parser = None if chat is None else OutputParser(thinking=self._thinks)
         self._stops = StopStrings(request.params.stop or ())
-        self._think_close = tokenizer.token_id(THINK_CLOSE)
         self._seen = 0
         self._text = ""
         self._reasoning = ""
@@ -110,9 +107,8 @@ class Generation:
         ids = tuple(request.output_ids[self._seen :])
         logprobs = tuple(self._named(entry) for entry in request.logprobs[self._seen :])
         self._seen += len(ids)
-        reasons = self._reasons
+        reasons = self._parser is not None and self._parser.thinks
         self.reasoning_tokens += len(ids) * reasons
-        self._reasons = reasons and self._think_close not in ids
         # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
         shown = ids[:-1] if request.finish_reason == "stop" else ids
         piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
@@ -148,14 +144,11 @@ class Generation:
     def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
         if self._parser is None:
             return "", piece, []
-        events = self._parser.feed(piece) + (self._parser.finish()[0] if last else [])
+        events = self._parser.feed(piece) + (self._parser.finish() if last else [])
         reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
         content = "".join(e.text for e in events if isinstance(e, Content))
-        names = {e.index: e.name for e in events if isinstance(e, ToolCallStart)}  # calls come whole, see OutputParser
-        arguments = {
-            i: "".join(e.text for e in events if isinstance(e, ToolCallArguments) and e.index == i) for i in names
-        }
-        return reasoning, content, [ToolCall(f"call_{uuid.uuid4().hex}", names[i], arguments[i]) for i in names]
+        calls = [e for e in events if isinstance(e, WrittenCall)]
+        return reasoning, content, [ToolCall(f"call_{uuid.uuid4().hex}", call.name, call.arguments) for call in calls]
 
     def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         return {i: dataclasses.replace(p, decoded_token=self._tokenizer.decode([i])) for i, p in entry.items()}

@@ -3,7 +3,7 @@
 from hadal.text.chat import ChatError, Prompt, encode_fim, encode_messages
 from hadal.text.prompts import PromptTextError, PromptTexts, own_prompt_texts, read_prompt_texts
 from hadal.text.stops import StopStrings
-from hadal.text.stream import Content, Event, OutputParser, Reasoning, Reply, ToolCall, ToolCallArguments, ToolCallStart
+from hadal.text.stream import Content, Event, OutputParser, Reasoning, ToolCall
 from hadal.text.tokenizer import IncrementalDecoder, Tokenizer, TokenizerError, train_tokenizer
 
 __all__ = [
@@ -16,13 +16,10 @@ __all__ = [
     "PromptTextError",
     "PromptTexts",
     "Reasoning",
-    "Reply",
     "StopStrings",
     "Tokenizer",
     "TokenizerError",
     "ToolCall",
-    "ToolCallArguments",
-    "ToolCallStart",
     "encode_fim",
     "encode_messages",
     "own_prompt_texts",

@@ -8,14 +8,11 @@ from collections.abc import Iterable, Sequence
 class StopStrings:
     """Passes text through until a stop string is complete; nothing of the stop string, or after it, comes out.
 
-    The stop string that is complete first wins; of two that end together, the longer. Raises ValueError for an
-    empty stop string.
+    The stop string that is complete first wins; of two that end together, the longer. No stop string may be empty.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
-        if "" in self._stops:
-            raise ValueError("a stop string is empty and would match everywhere; leave it out")
         self._held = ""
         self.matched: str | None = None
 

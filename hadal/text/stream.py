@@ -46,67 +46,35 @@ class Content:
 
 
 @dataclass(frozen=True)
-class ToolCallStart:
-    """Call number `index` of this answer begins."""
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True)
-class ToolCallArguments:
-    """More JSON text of the arguments of call `index`."""
-
-    index: int
-    text: str
-
-
-Event = Reasoning | Content | ToolCallStart | ToolCallArguments
-
-
-@dataclass(frozen=True)
 class ToolCall:
-    """A call; `arguments` is the JSON text of an object, cut short when `complete` is False."""
+    """A whole call; `arguments` is the JSON text of an object."""
 
     name: str
     arguments: str
-    complete: bool
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A whole answer: the joined events. `malformed` counts the places where tool-call markup broke the grammar."""
-
-    reasoning: str
-    content: str
-    tool_calls: tuple[ToolCall, ...]
-    malformed: int
+Event = Reasoning | Content | ToolCall
 
 
 class OutputParser:
-    """Parses one answer; feed text, read events, and take the Reply from `finish`.
+    """Parses one answer: feed text and read events; joined in order they are the answer.
 
-    `thinking` says that the prompt left a think span open (`Prompt.end`). By default a call is announced when it is
-    complete and valid, so that broken ones can come back whole as text. With `stream_arguments` it is announced at
-    its opening tag and text arguments flow as they come; what breaks later leaves a call that is not `complete`.
+    `thinking` says that the prompt left a think span open (`Prompt.end`). A call is announced when it is complete and
+    valid, so that broken ones can come back whole as text.
     """
 
-    def __init__(self, *, thinking: bool, stream_arguments: bool = False) -> None:
-        self._outer: Literal["reasoning", "content"] = "reasoning" if thinking else "content"
+    def __init__(self, *, thinking: bool) -> None:
+        self.thinks = thinking  # whether the text that comes next belongs to the think span, as far as is certain
         self._state: Literal["start", "text", "calls", "parameters", "value"] = "start"
-        self._stream_arguments = stream_arguments
         self._buffer = ""  # not yet looked at
         self._opener = ""  # the opening tag of a block of which nothing is announced yet
         self._raw: list[str] = []  # what follows it and is not announced either
-        self._queue: list[Event] = []  # events of a call that may still prove broken
         self._events: list[Event] = []
-        self._fed: list[Event] = []
-        self._call = -1  # number of the call being read
+        self._name = ""  # of the call being read
+        self._arguments: list[str] = []  # its JSON text so far; empty between calls
         self._names: set[str] = set()
         self._value: list[str] = []
         self._value_is_text = True
-        self._complete: set[int] = set()
-        self._malformed = 0
 
     def feed(self, text: str) -> list[Event]:
         """The events that became certain with this text."""
@@ -115,31 +83,15 @@ class OutputParser:
             pass
         return self._drain()
 
-    def finish(self) -> tuple[list[Event], Reply]:
-        """The last events, and the whole answer."""
+    def finish(self) -> list[Event]:
+        """The last events."""
         while self._step(final=True):
             pass
-        last = self._drain()
-        return last, self._assemble()
+        return self._drain()
 
     def _drain(self) -> list[Event]:
         events, self._events = self._events, []
-        self._fed += events
         return events
-
-    def _assemble(self) -> Reply:
-        def joined(kind: type[Reasoning | Content]) -> str:
-            return "".join(event.text for event in self._fed if isinstance(event, kind))
-
-        names = [event.name for event in self._fed if isinstance(event, ToolCallStart)]
-        arguments: list[list[str]] = [[] for _ in names]
-        for event in self._fed:
-            if isinstance(event, ToolCallArguments):
-                arguments[event.index].append(event.text)
-        calls = tuple(
-            ToolCall(n, "".join(a), i in self._complete) for i, (n, a) in enumerate(zip(names, arguments, strict=True))
-        )
-        return Reply(joined(Reasoning), joined(Content), calls, self._malformed)
 
     def _step(self, final: bool) -> bool:
         """Consumes one marker or tag; False when more text is needed (or, at the end, when all is consumed)."""
@@ -150,7 +102,7 @@ class OutputParser:
         if self._state == "value":
             return self._step_value(final)
         unspaced = self._buffer.lstrip(_SPACES)
-        if self._opener or self._queue:  # spaces after what is announced belong to the block and never come back
+        if self._opener or self._arguments:  # spaces after what is announced belong to the block and never come back
             self._raw.append(self._buffer[: len(self._buffer) - len(unspaced)])
         self._buffer = unspaced
         return self._step_calls(final) if self._state == "calls" else self._step_parameters(final)
@@ -161,12 +113,12 @@ class OutputParser:
             return False
         if self._buffer.startswith(THINK_OPEN):
             self._buffer = self._buffer[len(THINK_OPEN) :]
-            self._outer = "reasoning"
+            self.thinks = True
         self._state = "text"
         return True
 
     def _step_text(self, final: bool) -> bool:
-        markers = _REASONING_MARKERS if self._outer == "reasoning" else _CONTENT_MARKERS
+        markers = _REASONING_MARKERS if self.thinks else _CONTENT_MARKERS
         found = _find_first(self._buffer, markers)
         if found is None:
             keep = 0 if final else partial_suffix(self._buffer, markers)
@@ -177,7 +129,7 @@ class OutputParser:
         self._emit_text(self._buffer[:start])
         self._buffer = self._buffer[start + len(marker) :]
         if marker in (THINK_CLOSE, EOS):
-            self._outer = "content"  # after EOS there is nothing left to think about; later text stays visible
+            self.thinks = False  # after EOS there is nothing left to think about; later text stays visible
         else:
             self._opener, self._state = marker, "calls"
         return True
@@ -192,12 +144,8 @@ class OutputParser:
         tag = _read_tag(self._buffer, _INVOKE_OPEN, (_INVOKE_TAIL,))
         if isinstance(tag, _Tag):
             self._take(tag.length)
-            self._call += 1
-            self._names = set()
-            self._queue = [ToolCallStart(self._call, tag.name), ToolCallArguments(self._call, "{")]
+            self._name, self._arguments, self._names = tag.name, ["{"], set()
             self._state = "parameters"
-            if self._stream_arguments:
-                self._commit()
             return True
         closing = not self._opener and _CALLS_CLOSE.startswith(self._buffer)
         return self._wait_or_break(tag == "partial" or closing, final)
@@ -206,9 +154,8 @@ class OutputParser:
         """Between the parameters of a call."""
         if self._buffer.startswith(_INVOKE_CLOSE):
             self._take(len(_INVOKE_CLOSE))
-            self._add_arguments("}")
+            self._events.append(ToolCall(self._name, "".join(self._arguments) + "}"))
             self._commit()
-            self._complete.add(self._call)
             self._state = "calls"
             return True
         tag = _read_tag(self._buffer, _PARAMETER_OPEN, (_TEXT_TAIL, _JSON_TAIL))
@@ -216,7 +163,7 @@ class OutputParser:
             self._take(tag.length)
             self._value, self._value_is_text = [], tag.tail == _TEXT_TAIL
             label = (", " if self._names else "") + json.dumps(tag.name, ensure_ascii=False) + ": "
-            self._add_arguments(label + ('"' if self._value_is_text else ""))
+            self._arguments.append(label + ('"' if self._value_is_text else ""))
             self._names.add(tag.name)
             self._state = "value"
             return True
@@ -233,9 +180,7 @@ class OutputParser:
         if marker == EOS or not (self._value_is_text or _is_json("".join(self._value))):
             return self._wait_or_break(False, final)
         self._take(len(marker))
-        self._add_arguments('"' if self._value_is_text else "".join(self._value))
-        if self._stream_arguments:
-            self._commit()
+        self._arguments.append('"' if self._value_is_text else "".join(self._value))
         self._state = "parameters"
         return True
 
@@ -245,37 +190,29 @@ class OutputParser:
         if not self._value_is_text:
             self._value.append(text)
         elif text:
-            self._add_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+            self._arguments.append(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def _take(self, length: int) -> None:
         self._raw.append(self._buffer[:length])
         self._buffer = self._buffer[length:]
 
-    def _add_arguments(self, text: str) -> None:
-        self._queue.append(ToolCallArguments(self._call, text))
-        if self._stream_arguments and self._value_is_text:
-            self._commit()
-
     def _commit(self) -> None:
-        """Announces the queued events; the text they came from can no longer come back."""
-        self._events += self._queue
-        self._opener, self._raw, self._queue = "", [], []
+        """What was read is announced: it can no longer come back as text."""
+        self._opener, self._raw, self._arguments = "", [], []
 
     def _wait_or_break(self, possible: bool, final: bool) -> bool:
         """Waits while the text may still become a tag; else what is not announced is read again as text."""
         if possible and not final:
             return False
-        if any(isinstance(event, ToolCallStart) for event in self._queue):
-            self._call -= 1
-        self._malformed += 1
         self._emit_text(self._opener)
         self._buffer = "".join(self._raw) + self._buffer
-        self._opener, self._raw, self._queue, self._state = "", [], [], "text"
+        self._state = "text"
+        self._commit()
         return True
 
     def _emit_text(self, text: str) -> None:
         if text:
-            self._events.append(Reasoning(text) if self._outer == "reasoning" else Content(text))
+            self._events.append(Reasoning(text) if self.thinks else Content(text))
 
 
 @dataclass(frozen=True)

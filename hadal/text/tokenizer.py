@@ -69,7 +69,11 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{path} does not exist; copy tokenizer.json of the model into its directory")
-        return cls(path.read_text(encoding="utf-8"), origin=str(path))
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not UTF-8 text ({error.reason}); copy the official file again") from error
+        return cls(source, origin=str(path))
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and the `tokenizer_config.json` other libraries read beside it."""

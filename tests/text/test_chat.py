@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,20 @@ from hypothesis import strategies as st
 
 from hadal.text import (
     ChatError,
+    Content,
     OutputParser,
     Prompt,
     PromptTexts,
+    Reasoning,
+    ToolCall,
     encode_fim,
     encode_messages,
     own_prompt_texts,
     train_tokenizer,
 )
 from hadal.text.tokens import CONTROL_TOKENS
+from hadal.verify.chat import check_chat
 
-TOOLS_SHA = "09b7269daaddbeaf11a3ed55c07b1846c35162b841d8b4301bbe0449879d1fd8"
 TEXTS = PromptTexts(
     {"low": "", "high": "[HIGH]", "max": "[MAX]"}, "low", "[TOOLS {dsml_token} {tool_schemas}]\n", "[FORMAT {schema}]"
 )
@@ -52,29 +54,9 @@ def render(messages: list[dict[str, Any]], texts: PromptTexts = TEXTS, **options
     return encode_messages(messages, texts, **options).text
 
 
-def vector_texts(outputs: list[str]) -> PromptTexts:
-    """The official tools template, recovered from an official output and checked against its published SHA-256."""
-    output = next(text for text in outputs if "### Available Tool Schemas" in text)
-    section = output[output.index("## Tools") :]
-    section = section[: section.index(U)]
-    head, _, rest = section.partition("### Available Tool Schemas\n\n")
-    template = head + "### Available Tool Schemas\n\n{tool_schemas}" + rest[rest.index("\n\n") :]
-    for token, field in ((D, "dsml_token"), ("<think>", "thinking_start_token"), ("</think>", "thinking_end_token")):
-        template = template.replace(token, f"{{{field}}}")
-    assert len(template.encode()) == 1075
-    assert hashlib.sha256(template.encode()).hexdigest() == TOOLS_SHA
-    return PromptTexts({"high": "", "max": "unused"}, "high", template, "{schema}")
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_official_vectors_pass_byte_for_byte(shared_dir: Path, number: int) -> None:
-    folder = shared_dir / "data" / "v4-format" / "tests"
-    outputs = [(folder / f"test_output_{i}.txt").read_bytes().decode() for i in (1, 2, 3, 4)]
-    given = json.loads((folder / f"test_input_{number}.json").read_text(encoding="utf-8"))
-    messages, tools = (given["messages"], given["tools"]) if isinstance(given, dict) else (given, None)
-    prompt = encode_messages(messages, vector_texts(outputs), thinking=number != 4, tools=tools)
-    assert prompt.text == outputs[number - 1]
-    assert prompt.end == "closed"
+def test_official_vectors_pass_byte_for_byte(shared_dir: Path) -> None:
+    checks = check_chat(shared_dir / "data" / "v4-format" / "tests")
+    assert [(check.passed, check.detail) for check in checks if not check.passed] == [] and len(checks) == 4
 
 
 def test_one_question_in_each_mode() -> None:
@@ -272,10 +254,7 @@ def test_the_parser_reads_back_what_the_codec_writes(
     whole = encode_messages([*question, answer], TEXTS, thinking=thinking)
     assert whole.text.startswith(prompt.text)
     parser = OutputParser(thinking=prompt.end == "thinking")
-    parser.feed(whole.text[len(prompt.text) :])
-    reply = parser.finish()[1]
-    assert (reply.reasoning, reply.content) == (reasoning if thinking else "", content)
-    assert [(c.name, json.loads(c.arguments), c.complete) for c in reply.tool_calls] == [
-        (n, a, True) for n, a in wanted
-    ]
-    assert reply.malformed == 0
+    events = parser.feed(whole.text[len(prompt.text) :]) + parser.finish()
+    assert "".join(e.text for e in events if isinstance(e, Reasoning)) == (reasoning if thinking else "")
+    assert "".join(e.text for e in events if isinstance(e, Content)) == content
+    assert [(e.name, json.loads(e.arguments)) for e in events if isinstance(e, ToolCall)] == wanted

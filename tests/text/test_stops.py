@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,8 +49,3 @@ def test_nothing_comes_after_a_stop() -> None:
     assert stops.feed("one\n") == "one"
     assert stops.feed("\ntwo") == "" and stops.matched == "\n\n"
     assert stops.feed("three") == "" and stops.finish() == ""
-
-
-def test_empty_stop_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        StopStrings(["x", ""])

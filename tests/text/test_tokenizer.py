@@ -187,6 +187,9 @@ def test_errors_name_cause_and_remedy(own: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1', encoding="utf-8")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not UTF-8 text"):
+        Tokenizer.from_directory(tmp_path)
     own.save(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     with pytest.raises(TokenizerError, match="has no token <｜end"):
