@@ -6,6 +6,7 @@ everything derived from one record has one key, so a held-out story is not seen 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -23,6 +24,7 @@ from hadal.train.stories import generate_story
 from hadal.train.synthetic import generate_chats
 
 Message = dict[str, Any]
+_OTHER_SOURCES = ("stories", "stories-chat", "gsm8k", "persona", "tools", "made-stories", "made-chats")
 _SPLIT = "3"  # names the split; with it two whole books of the starter corpus are held out at 3 %
 
 
@@ -48,18 +50,26 @@ def is_held_out(document: Document, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def corpus_files(folder: str | Path) -> list[Path]:
+    """The files of a corpus folder but its notes (`*.md`); CorpusError when there is none."""
+    paths = sorted(Path(folder).glob("[!.]*"))
+    files = [p for p in paths if p.suffix != ".md"]
+    if not files:
+        raise CorpusError(f"{folder} holds no corpus file; point --corpus at the repository's corpus folder")
+    return files
+
+
 def read_corpus(folder: str | Path) -> dict[str, list[Document]]:
     """All documents of a corpus folder by source; CorpusError when it has no known file or an unknown one.
 
-    Besides the starter corpus' files any `NAME.jsonl.xz` with a `text` field per line is read as prose.
+    Besides the starter corpus' files any `NAME.jsonl` or `NAME.jsonl.xz` with a `text` field per line is read as prose.
     """
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix == ".xz") if Path(folder).is_dir() else []
-    if not paths:
-        raise CorpusError(f"{folder} holds no .xz corpus file; point --corpus at the repository's corpus folder")
     out: dict[str, list[Document]] = {}
-    for path in paths:
-        for document in _reader_for(path)(path):
-            out.setdefault(document.source, []).append(document)
+    for path in corpus_files(folder):
+        reader = _reader_for(path)
+        with _naming(path):
+            for document in reader(path):
+                out.setdefault(document.source, []).append(document)
     return out
 
 
@@ -78,25 +88,41 @@ def generate_documents(stories: int, chats: int, seed: int) -> dict[str, list[Do
 
 def read_attributions(folder: str | Path) -> list[str]:
     """One credit line per story record, for the model card; empty when the corpus has no story file."""
-    path = Path(folder) / "stories-simple.jsonl.xz"
-    if not path.exists():
-        return []
-    return [f"{r['title']} ({r['source']}): {r['attribution']}" for r in _lines(path)]
+    out = []
+    for path in Path(folder).glob("stories-simple.jsonl*"):
+        with _naming(path):
+            out += [f"{r['title']} ({r['source']}): {r['attribution']}" for r in _lines(path)]
+    return out
 
 
 def _reader_for(path: Path) -> Callable[[Path], Iterator[Document]]:
-    if path.name in _READERS:
-        return _READERS[path.name]
-    if path.name.endswith(".jsonl.xz"):
-        return _read_prose
-    raise CorpusError(f"{path} is not a known corpus file; give prose as NAME.jsonl.xz with a `text` field per line")
+    name = path.name.removesuffix(".xz")
+    if name in _READERS:
+        return _READERS[name]
+    if not name.endswith(".jsonl"):
+        raise CorpusError(f"{path} is not a known corpus file; give prose as NAME.jsonl with a `text` field per line")
+    if name.removesuffix(".jsonl") in _OTHER_SOURCES:
+        raise CorpusError(f"{path} has the name of another source of documents; rename it")
+    return _read_prose
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Records of another shape than the reader's become a CorpusError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, csv.Error) as error:
+        raise CorpusError(
+            f"{path} has a record of another shape than this file's ({error!r}); fetch it again"
+        ) from error
 
 
 def _open(path: Path) -> str:
     try:
-        return lzma.open(path, "rt", encoding="utf-8", newline="").read()
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} is not a readable xz text file ({error}); fetch it again") from None
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            return file.read().decode("utf-8")
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError, OSError) as error:
+        raise CorpusError(f"{path} is not a readable text file ({error}); fetch it again") from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,7 +135,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_prose(path: Path) -> Iterator[Document]:
-    source = path.name.removesuffix(".jsonl.xz")
+    source = path.name.removesuffix(".xz").removesuffix(".jsonl")
     for record in _lines(path):
         if not isinstance(record.get("text"), str):
             raise CorpusError(f"{path} has a record without a `text` field; every line needs one")
@@ -204,10 +230,10 @@ def _chat(source: str, key: str, messages: Iterable[Message], thinking: bool) ->
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
-    "stories-simple.jsonl.xz": _read_stories,
-    "gsm8k-train.jsonl.xz": _read_gsm8k,
-    "spc_valid.csv.xz": _read_persona,
-    "glaive_toolcall_en_demo.json.xz": _read_tools,
-    "books-children.jsonl.xz": _read_prose,
-    "tldr-pages-en.jsonl.xz": _read_prose,
+    "stories-simple.jsonl": _read_stories,
+    "gsm8k-train.jsonl": _read_gsm8k,
+    "spc_valid.csv": _read_persona,
+    "glaive_toolcall_en_demo.json": _read_tools,
+    "books-children.jsonl": _read_prose,
+    "tldr-pages-en.jsonl": _read_prose,
 }

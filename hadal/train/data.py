@@ -115,10 +115,10 @@ def build_store(
     seed: int = 0,
 ) -> Store:
     """The tokenised pieces of `documents`, from the files at `path`.* when they were built from the same input."""
-    fingerprint = hashlib.sha256(repr((context, fim_rate, seed, tokenizer.vocab_size)).encode())
+    rendered = [render(document) for document in documents[:20] if document.messages]
+    fingerprint = hashlib.sha256(repr((context, fim_rate, seed, tokenizer.source, rendered)).encode())
     for document in documents:
         fingerprint.update(repr(document).encode())
-    fingerprint.update(repr([tokenizer.encode(d.text[:200], control=False) for d in documents[:20]]).encode())
     meta_path = path.with_suffix(".json")
     if meta_path.exists():
         meta = json.loads(meta_path.read_text("utf-8"))
@@ -136,7 +136,7 @@ def build_store(
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path.with_suffix(".ids"), torch.tensor(ids, dtype=dtype))
     _write(path.with_suffix(".counted"), torch.tensor(flags, dtype=torch.uint8))
-    meta = {"fingerprint": fingerprint.hexdigest(), "dtype": str(dtype), "offsets": offsets}
+    meta = {"fingerprint": fingerprint.hexdigest(), "offsets": offsets}
     meta_path.write_text(json.dumps(meta), "utf-8")
     return _map_store(path, offsets)
 
@@ -247,8 +247,8 @@ class Sampler:
         return self._state.setdefault(name, [0, 0, 0.0])
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been read."""
-        return {n: round(s[0] + s[1] / len(self._packs[n]), 2) for n, s in self._state.items()}
+        """How often each source has been read, of those that have been drawn."""
+        return {n: round(s[0] + s[1] / len(self._packs[n]), 2) for n, s in self._state.items() if s[0] or s[1]}
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, cursor and credit of every source."""

@@ -34,6 +34,7 @@ from hadal.train.losses import (
 from hadal.train.optim import Optimizer, is_indexer
 
 Phase = Literal["dense", "indexer", "sparse"]
+_FREE = ("workers", "evaluations", "checkpoint_minutes", "log_every")  # they change no bit, so a resumed run may differ
 
 
 class TrainingError(ValueError):
@@ -46,16 +47,15 @@ class LoopConfig:
 
     The run's length is `steps`, or `minutes` of wall clock; with minutes the schedules follow the clock, so a run ends
     with a finished decay on a machine of any speed. With steps a resumed run equals an uninterrupted one to the bit.
+    Without either it is 55 minutes: nano's, as are the other defaults.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    packs_per_micro_batch: int = 4
-    micro_batches: int = 1
-    workers: int = (
-        1  # micro-batches computed at once, each in a thread; on a CPU worth more than threads inside operators
-    )
-    lr: float = 2e-3
+    packs_per_micro_batch: int = 1
+    micro_batches: int = 2
+    workers: int = 1  # micro-batches computed at once, each in a thread of its own
+    lr: float = 6e-3  # of Muon and AdamW alike
     warmup: float = 0.02
     decay_from: float = 0.5
     lr_floor: float = 0.1
@@ -67,13 +67,15 @@ class LoopConfig:
     balance_weight: float = 1e-4
     bias_speed: float = 1e-3
     head_product: torch.dtype | None = torch.bfloat16  # type of the head's gradient products; None is float32
-    evaluations: int = 10
+    evaluations: int = 5
     checkpoint_minutes: float = 5.0
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.minutes is None):
+        if self.steps is not None and self.minutes is not None:
             raise TrainingError("give the run's length either as `steps` or as `minutes`")
+        if self.steps is None and self.minutes is None:
+            object.__setattr__(self, "minutes", 55.0)
 
     def lr_at(self, progress: float) -> float:
         """Linear warm-up, constant, cosine to `lr_floor` of the peak."""
@@ -119,6 +121,30 @@ class _Progress:
         return self.seconds / (config.minutes * 60)
 
 
+def check_start(
+    folder: Path, config: LoopConfig, resume: bool, further: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """The settings, with `further` ones, that decide a run's result, once a run in `folder` may start or go on.
+
+    Raises TrainingError when a new run would overwrite another, and when there is nothing to resume or it was started
+    with other settings. Reads only.
+    """
+    path = folder / "state.pt"
+    settings = {k: repr(v) for k, v in (asdict(config) | (further or {})).items() if k not in _FREE}
+    if path.exists() and not resume:
+        raise TrainingError(f"{path} exists; continue it with --resume or give an empty folder")
+    if resume and not path.exists():
+        raise TrainingError(f"{path} does not exist, so there is nothing to resume; start without --resume")
+    if resume:
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("settings", {})
+        changed = [name for name in settings.keys() | kept.keys() if settings.get(name) != kept.get(name)]
+        if changed:
+            raise TrainingError(
+                f"{path} was written with another `{min(changed)}`; resume with the settings it was started with"
+            )
+    return settings
+
+
 def train(
     model: Model,
     optimizer: Optimizer,
@@ -128,21 +154,19 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
+    further: dict[str, Any] | None = None,
     stop_after: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Train to the end of the schedule, or for `stop_after` steps of this session, leaving `state.pt` in `folder`.
 
     Appends one JSON line per `log_every` steps and per evaluation to `metrics.jsonl`. Raises TrainingError when a loss
-    or gradient is not finite, before the step changes a weight, and when there is nothing to resume.
+    or gradient is not finite, before the step changes a weight, and as `check_start` does, to which `further` goes.
     """
+    settings = check_start(folder, config, resume, further)
     folder.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = folder / "state.pt", folder / "metrics.jsonl"
-    progress = _Progress()
-    if resume:
-        progress = _load(state_path, model, optimizer, sampler, config)
-    elif state_path.exists():
-        raise TrainingError(f"{state_path} exists; continue it with --resume or give an empty folder")
+    progress = _load(state_path, model, optimizer, sampler) if resume else _Progress()
     first_step, saved_at, clock = progress.step, progress.seconds, time.monotonic()
     losses: dict[str, float] = {}
     while (fraction := progress.fraction(config)) < 1:
@@ -170,10 +194,10 @@ def train(
             say(f"step {progress.step} held-out " + " ".join(f"{k} {v:.3f}" for k, v in losses.items()))
         if progress.seconds - saved_at > 60 * config.checkpoint_minutes:
             saved_at = progress.seconds
-            _save(state_path, model, optimizer, sampler, config, progress)
+            _save(state_path, model, optimizer, sampler, settings, progress)
         progress.seconds += time.monotonic() - clock  # evaluation and saving count against the budget as well
         clock = time.monotonic()
-    _save(state_path, model, optimizer, sampler, config, progress)
+    _save(state_path, model, optimizer, sampler, settings, progress)
     losses = losses or evaluate(model, held_out, dense=config.phase_at(progress.fraction(config)) == "dense")
     return Report(progress.step, progress.tokens, progress.seconds, losses, sampler.epochs())
 
@@ -294,8 +318,8 @@ def _check_finite(row: dict[str, Any], step: int) -> None:
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise TrainingError(
-                f"{name} is {value} at step {step}; no weight was changed: resume from the last checkpoint with a "
-                "lower learning rate"
+                f"{name} is {value} at step {step}, which therefore changed no weight; start a new run with a lower "
+                "learning rate"
             )
 
 
@@ -338,13 +362,13 @@ def _fp4_experts(model: Model, active: bool) -> Iterator[None]:
 
 
 def _save(
-    path: Path, model: Model, optimizer: Optimizer, sampler: Sampler, config: LoopConfig, progress: _Progress
+    path: Path, model: Model, optimizer: Optimizer, sampler: Sampler, settings: dict[str, str], progress: _Progress
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "sampler": sampler.state_dict(),
-        "config": asdict(config),
+        "settings": settings,
         "progress": {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds},
     }
     partial = path.with_suffix(".partial")
@@ -352,15 +376,8 @@ def _save(
     os.replace(partial, path)  # a run killed here leaves the previous state whole
 
 
-def _load(path: Path, model: Model, optimizer: Optimizer, sampler: Sampler, config: LoopConfig) -> _Progress:
-    if not path.exists():
-        raise TrainingError(f"{path} does not exist, so there is nothing to resume; start without --resume")
+def _load(path: Path, model: Model, optimizer: Optimizer, sampler: Sampler) -> _Progress:
     state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
-    if changed:
-        raise TrainingError(
-            f"{path} was written with another `{changed[0]}`; resume with the settings it was started with"
-        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])

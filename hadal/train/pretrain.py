@@ -7,12 +7,14 @@ Top of the training room. The run's working files lie beside the output folder i
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,12 +24,11 @@ from hadal.config import ModelConfig, preset
 from hadal.model import Model, Numerics
 from hadal.text import Tokenizer, encode_messages, own_prompt_texts, train_tokenizer
 from hadal.train.card import write_card
-from hadal.train.corpus import Document, generate_documents, is_held_out, read_attributions, read_corpus
+from hadal.train.corpus import Document, corpus_files, generate_documents, is_held_out, read_attributions, read_corpus
 from hadal.train.data import Batch, Mix, Sampler, Store, assemble, build_store
-from hadal.train.loop import LoopConfig, Report, TrainingError, evaluate, train
+from hadal.train.loop import LoopConfig, Report, TrainingError, check_start, evaluate, train
 from hadal.train.optim import OptimConfig, Optimizer
 
-_PROSE = ("stories", "books-children", "tldr-pages-en", "made-stories")  # sources that fill-in-the-middle applies to
 _TOKENIZER_BYTES = 3_000_000  # per source: a small vocabulary settles long before, and no source drowns the others
 DEFAULT_MIXES = (
     Mix(0.0, {"books-children": 0.42, "stories": 0.2, "made-stories": 0.16, "persona": 0.12, "tldr-pages-en": 0.05,
@@ -43,7 +44,7 @@ class PretrainConfig:
 
     corpus: Path
     out: Path
-    loop: LoopConfig
+    loop: LoopConfig = field(default_factory=LoopConfig)
     scale: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
     device: str = "auto"
@@ -90,13 +91,21 @@ def run(config: PretrainConfig, say: Callable[[str], None] = print) -> Report:
     """
     began = time.monotonic()
     work = config.out.with_name(config.out.name + ".run")
+    further = _settings(config)
+    check_start(work, config.loop, config.resume, further)
     device = devices.resolve(config.device)
+    loop = _with_workers(config.loop, device)
     model_config = scaled_config(config.scale)
+    credits = read_attributions(config.corpus)
     documents = read_corpus(config.corpus) | generate_documents(config.made_stories, config.made_chats, config.seed)
-    tokenizer = _tokenizer(work, documents, model_config.vocab_size, say)
+    if config.resume:
+        tokenizer = Tokenizer.from_directory(work)
+    else:
+        say(f"training a tokenizer of {model_config.vocab_size} tokens")
+        tokenizer = train_tokenizer(_sample(documents), model_config.vocab_size)
+        tokenizer.save(work)
     training, held_out = _stores(work, documents, tokenizer, config, say)
-    mixes = [Mix(m.start, {n: w for n, w in m.weights.items() if len(training.get(n, ()))}) for m in config.mixes]
-    sampler = Sampler(training, mixes, config.context, config.seed)
+    sampler = Sampler(training, _mixes(config.mixes, training), config.context, config.seed)
     batches = _held_out_batches(held_out, config)
     model = Model(model_config, Numerics())
     model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -104,12 +113,11 @@ def run(config: PretrainConfig, say: Callable[[str], None] = print) -> Report:
     optimizer = Optimizer(model.named_parameters(), config.optim, {"wo_a": model_config.o_groups})
     size = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"{size:.1f}M parameters, prepared in {time.monotonic() - began:.0f} s")
-    report = train(model, optimizer, sampler, batches, config.loop, work, resume=config.resume, say=say)
+    report = train(model, optimizer, sampler, batches, loop, work, resume=config.resume, further=further, say=say)
     export(model, tokenizer, config.out)
     modes = _measure(config.out, batches, config.device)
     modes = {"as trained (float32 weights)": report.held_out} | modes
-    command = shlex.join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))])
-    write_card(config.out, model_config, report, modes, command, read_attributions(config.corpus))
+    write_card(config.out, model_config, report, modes, _command(), credits)
     for mode, losses in modes.items():
         say(f"{mode}: " + " ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     return report
@@ -126,17 +134,42 @@ def export(model: Model, tokenizer: Tokenizer, out: Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", "utf-8")
 
 
-def _tokenizer(
-    work: Path, documents: dict[str, list[Document]], vocab_size: int, say: Callable[[str], None]
-) -> Tokenizer:
-    if (work / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_directory(work)
-        if tokenizer.vocab_size == vocab_size:
-            return tokenizer
-    say(f"training a tokenizer of {vocab_size} tokens")
-    tokenizer = train_tokenizer(_sample(documents), vocab_size)
-    tokenizer.save(work)
-    return tokenizer
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """What decides the result besides the loop's own settings: with another value it would be another run."""
+    free = ("corpus", "out", "loop", "device", "resume", "held_out_packs")
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
+    return settings | {"corpus": [(p.name, p.stat().st_size) for p in corpus_files(config.corpus)]}
+
+
+def _with_workers(loop: LoopConfig, device: torch.device) -> LoopConfig:
+    """On a CPU the micro-batches of a step run side by side, one thread each: worth more than threads in operators."""
+    workers = min(loop.micro_batches, os.cpu_count() or 1) if device.type == "cpu" else 1
+    if workers > 1:
+        torch.set_num_threads(1)
+    return replace(loop, workers=workers)
+
+
+def _mixes(mixes: tuple[Mix, ...], stores: dict[str, Store]) -> list[Mix]:
+    """The mixes over sources that hold something; sources in no mix join every one in proportion to their tokens."""
+    tokens = {name: store.offsets[-1] for name, store in stores.items() if len(store)}
+    own = tokens.keys() - {name for mix in mixes for name in mix.weights}
+    mixed_tokens = sum(n for name, n in tokens.items() if name not in own)
+    out = []
+    for mix in mixes:
+        weights = {name: weight for name, weight in mix.weights.items() if name in tokens}
+        per_token = sum(weights.values()) / mixed_tokens if weights else 1.0
+        weights |= {name: per_token * tokens[name] for name in sorted(own)}
+        if not weights:
+            raise TrainingError(f"the mix from {mix.start:.0%} of the run on has nothing to train on; add documents")
+        out.append(Mix(mix.start, weights))
+    return out
+
+
+def _command() -> str:
+    """The command line of this process as it starts the run anew from the repository's root."""
+    script = Path(sys.argv[0])
+    start = ["python", "/".join(script.resolve().parts[-2:])] if script.suffix == ".py" else [script.name]
+    return shlex.join([*start, *(a for a in sys.argv[1:] if a != "--resume")])
 
 
 def _sample(documents: dict[str, list[Document]]) -> Iterable[str]:
@@ -171,7 +204,7 @@ def _stores(
                 tokenizer,
                 lambda d: render_ids(d, tokenizer),
                 context=config.context,
-                fim_rate=config.fim_rate if source in _PROSE and not split else 0.0,
+                fim_rate=0.0 if split else config.fim_rate,
                 seed=config.seed,
             )
         say(f"{source}: {training[source].offsets[-1]} tokens, {held_out[source].offsets[-1]} held out")

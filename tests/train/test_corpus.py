@@ -57,8 +57,13 @@ def test_the_split_takes_the_fraction_it_is_told():
 
 
 def test_any_jsonl_with_text_is_prose(tmp_path):
-    write(tmp_path / "mine.jsonl.xz", '{"text": "one\\u2028two"}\n{"text": "three", "title": "t"}\n')
-    assert [d.text for d in read_corpus(tmp_path)["mine"]] == ["one\u2028two", "three"]
+    text = '{"text": "one\\u2028two"}\n{"text": "three", "title": "t"}\n'
+    write(tmp_path / "mine.jsonl.xz", text)
+    (tmp_path / "plain.jsonl").write_text(text)
+    (tmp_path / "NOTES.md").write_text("not a document")
+    documents = read_corpus(tmp_path)
+    assert documents.keys() == {"mine", "plain"}
+    assert [[d.text for d in listed] for listed in documents.values()] == [["one\u2028two", "three"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,13 @@ def test_any_jsonl_with_text_is_prose(tmp_path):
         ("a.jsonl.xz", '{"text": 1}\n', "text"),
         ("a.jsonl.xz", "not json\n", "line 1"),
         ("a.tar.xz", "x", "known corpus file"),
+        ("made-chats.jsonl.xz", '{"text": "x"}', "rename"),
+        ("mine.jsonl.xz", "[1]", "another shape"),
+        ("stories-simple.jsonl.xz", '{"title": "x"}', "another shape"),
+        ("gsm8k-train.jsonl.xz", '{"question": "x", "answer": 3}', "another shape"),
+        ("spc_valid.csv.xz", "a,b\n1,2\n", "another shape"),
+        ("glaive_toolcall_en_demo.json.xz", "{", "another shape"),
+        ("glaive_toolcall_en_demo.json.xz", '[{"tools": "[]", "conversations": [{"from": "x"}]}]', "another shape"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, words):
@@ -79,8 +91,11 @@ def test_bad_files_are_named(tmp_path, name, content, words):
 def test_a_truncated_file_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(CorpusError, match="corpus"):
         read_corpus(tmp_path)
+    write(tmp_path / "stories-simple.jsonl.xz", '{"title": "x", "text": "y"}')
+    with pytest.raises(CorpusError, match="another shape"):
+        read_attributions(tmp_path)
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n' * 100)[:-20])
-    with pytest.raises(CorpusError, match="not a readable xz"):
+    with pytest.raises(CorpusError, match="not a readable text file"):
         read_corpus(tmp_path)
 
 

@@ -107,6 +107,16 @@ def test_a_store_is_reused_only_for_the_same_input(tokenizer, tmp_path):
     assert len(other) == 3
 
 
+def test_a_store_is_built_anew_for_another_tokenizer_or_rendering(tokenizer, tmp_path):
+    documents = [Document("c", "k", "", ({"role": "user", "content": "Hello you"},), learn_prompt=True)]
+    other = Tokenizer(tokenizer.source + "\n")
+    sizes = []
+    for reader, ids in ((tokenizer, [1, 2]), (tokenizer, [1, 2, 3]), (other, [1, 2, 3, 4])):
+        store = build_store(tmp_path / "s", documents, reader, lambda d, ids=ids: ids, context=256)
+        sizes.append(store.offsets[-1])
+    assert sizes == [2, 3, 4]
+
+
 def test_the_sampler_follows_the_mix_and_resumes_exactly(tokenizer, tmp_path):
     stores = make_stores(tokenizer, tmp_path)
     mixes = (Mix(0.0, {"made-stories": 1.0}), Mix(0.5, {"made-stories": 0.25, "made-chats": 0.75}))

@@ -57,7 +57,8 @@ def setup(
 
 
 def config(steps: int, **changes: object) -> LoopConfig:
-    return LoopConfig(steps=steps, packs_per_micro_batch=2, log_every=1, evaluations=2, **changes)  # type: ignore[arg-type]
+    values = {"packs_per_micro_batch": 2, "micro_batches": 1, "lr": 2e-3, "log_every": 1, "evaluations": 2} | changes
+    return LoopConfig(steps=steps, **values)  # type: ignore[arg-type]
 
 
 def quiet(_: str) -> None:
@@ -73,9 +74,9 @@ def test_schedules_follow_the_report():
 
 
 def test_a_length_is_given_once():
-    for wrong in ({}, {"steps": 5, "minutes": 1.0}):
-        with pytest.raises(TrainingError, match="steps"):
-            LoopConfig(**wrong)
+    with pytest.raises(TrainingError, match="steps"):
+        LoopConfig(steps=5, minutes=1.0)
+    assert (LoopConfig().steps, LoopConfig().minutes, LoopConfig(steps=3).minutes) == (None, 55, None)
 
 
 def test_evaluation_is_the_mean_loss_over_counted_tokens(tokenizer, tmp_path):
@@ -191,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tokenizer, tmp_path):
     c = config(10)
     torch.save(torch.load(tmp_path / "run" / "state.pt", weights_only=True) | {"model": model.state_dict()},
                tmp_path / "run" / "state.pt")  # fmt: skip
-    with pytest.raises(TrainingError, match="step 3"):
+    with pytest.raises(TrainingError, match=r"step 3.* lower learning rate"):
         train(model, optimizer, sampler, held_out, c, tmp_path / "run", resume=True, say=quiet)
     assert torch.equal(model.embed, before)
 
@@ -205,6 +206,15 @@ def test_resume_and_restart_are_told_apart(tokenizer, tmp_path):
         train(*parts, config(3), tmp_path / "run", say=quiet)
     with pytest.raises(TrainingError, match="`lr`"):
         train(*parts, config(3, lr=1.0), tmp_path / "run", resume=True, say=quiet)
+    with pytest.raises(TrainingError, match="`data`"):
+        train(*parts, config(3), tmp_path / "run", resume=True, further={"data": "other"}, say=quiet)
+
+
+def test_what_changes_no_bit_may_change_on_resume(tokenizer, tmp_path):
+    parts = setup(tokenizer, tmp_path)
+    train(*parts, config(2), tmp_path / "run", stop_after=1, say=quiet)
+    free = config(2, workers=2, evaluations=1, checkpoint_minutes=9.0, log_every=7)
+    assert train(*parts, free, tmp_path / "run", resume=True, say=quiet).steps == 2
 
 
 def test_router_biases_follow_the_load_in_learned_layers_only(tokenizer, tmp_path):
