@@ -248,14 +248,15 @@ def verify(
 @_one_sentence_errors
 def train(
     out: Annotated[Path, typer.Argument(help="Model directory to write; working files go to OUT.run.")],
-    corpus: Annotated[Path, typer.Option(help="Folder of .xz text files.")] = Path("corpus"),
+    corpus: Annotated[Path, typer.Option(help="Folder of text files, .jsonl or .xz.")] = Path("corpus"),
     minutes: Annotated[
         float | None, typer.Option(help="Wall clock of the training loop; 55 if --steps is not given.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps instead of minutes.")] = None,
     scale: Annotated[int, typer.Option(help="1 is nano; 2, 3 ... are wider and deeper.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
-    packs: Annotated[int, typer.Option(help="Packs of 1024 tokens in a step.")] = 4,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; nano's if left out.")] = None,
+    packs: Annotated[int | None, typer.Option(help="Packs of 1024 tokens in a micro-batch; 1 if left out.")] = None,
+    micro_batches: Annotated[int | None, typer.Option(help="Micro-batches in a step; 2 if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed and steps, same model.")] = 0,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option(help="Continue the run in OUT.run.")] = False,
@@ -267,8 +268,9 @@ def train(
     from hadal.train.loop import LoopConfig
     from hadal.train.pretrain import PretrainConfig, run
 
-    minutes = 55 if minutes is None and steps is None else minutes
-    loop = LoopConfig(steps=steps, minutes=minutes, lr=lr, packs_per_micro_batch=packs, evaluations=5)
+    given = {"steps": steps, "minutes": minutes, "lr": lr, "packs_per_micro_batch": packs}
+    given["micro_batches"] = micro_batches
+    loop = LoopConfig(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     config = PretrainConfig(corpus=corpus, out=out, loop=loop, scale=scale, device=device, seed=seed, resume=resume)
     report = dataclasses.asdict(run(config, lambda line: print(line, file=sys.stderr, flush=True)))
     if as_json:
