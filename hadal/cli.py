@@ -57,6 +57,12 @@ def _one_sentence_errors(verb: _F) -> _F:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise  # typer ends quietly when nobody reads on
+        except OSError as error:
+            cause = f"cannot use {error.filename} ({error.strerror}); give another path" if error.filename else error
+            print(f"error: {cause}", file=sys.stderr)
+            raise typer.Exit(2) from None
 
     return run  # type: ignore[return-value]
 
@@ -98,16 +104,27 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; /exit or end of input leaves, Ctrl-C stops an answer."""
     from rich.console import Console
+    from rich.text import Text
+
+    from hadal.engine import RequestError
+    from hadal.text import ChatError
 
     console = Console(highlight=False, soft_wrap=True)
     llm = _load(model, mode, device, max_context)
+    if effort is not None and effort not in llm.efforts:
+        raise RequestError(f"unknown effort {effort!r}; this model knows {', '.join(llm.efforts)}", "effort")
     params = llm.default_params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     console.print(f"[dim]{llm.name} on {llm.engine.device}; /exit leaves[/dim]")
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask(console)) is not None:
-        messages.append({"role": "user", "content": line})
-        stream = llm.stream_chat(messages, params, thinking=think, reasoning_effort=effort)
-        messages.append(_show(console, stream))
+        turn = [*messages, {"role": "user", "content": line}]
+        try:
+            said = _show(console, llm.stream_chat(turn, params, thinking=think, reasoning_effort=effort))
+        except (ChatError, RequestError) as error:
+            console.print(Text(f"error: {error}", "red"))
+            continue
+        if said is not None:
+            messages = [*turn, said]
 
 
 def _ask(console: Console) -> str | None:
@@ -117,14 +134,17 @@ def _ask(console: Console) -> str | None:
             line = console.input("[bold]> [/bold]").strip()
         except (EOFError, KeyboardInterrupt):
             return None
+        except UnicodeDecodeError as error:
+            console.print(f"[red]error: that line is not {error.encoding} text; type it again[/red]")
+            continue
         if line == "/exit":
             return None
         if line:
             return line
 
 
-def _show(console: Console, stream: Any) -> dict[str, Any]:
-    """Print an answer as it comes and return it as the assistant's message."""
+def _show(console: Console, stream: Any) -> dict[str, Any] | None:
+    """Print an answer as it comes and return it as the assistant's message, or None when the engine failed on it."""
     from rich.text import Text
 
     said: dict[str, Any] = {"role": "assistant", "content": ""}
@@ -141,7 +161,8 @@ def _show(console: Console, stream: Any) -> dict[str, Any]:
                 console.print(Text(_printable(delta.text)), end="")
                 said["content"] += delta.text
             if delta.finish_reason == "error":
-                console.print(f"\n[red]{delta.error}[/red]", end="")
+                console.print(Text(f"\nerror: {delta.error}", "red"))
+                return None
     except KeyboardInterrupt:
         stream.close()
     end = time.perf_counter()
@@ -183,8 +204,9 @@ def generate(
             }
         )  # fmt: skip
         raise typer.Exit(1 if answer.error else 0)
+    shown = _printable if sys.stdout.isatty() else str
     for delta in llm.stream(prompt, params):
-        print(delta.text, end="", flush=True)
+        print(shown(delta.text), end="", flush=True)
         if delta.error:
             print(f"\nerror: {delta.error}", file=sys.stderr)
             raise typer.Exit(1)
@@ -234,9 +256,9 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check this installation's numbers against the official ones; exit code 1 when a check fails."""
-    import importlib
+    from hadal.verify import run
 
-    report = importlib.import_module("hadal.verify").run(golden, write)
+    report = run(golden, write, lambda stage: print(stage, file=sys.stderr, flush=True))
     if as_json:
         _print_json(report.to_dict())
     else:

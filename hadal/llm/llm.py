@@ -64,6 +64,8 @@ class LLM:
             raise RequestError(f"unknown mode {mode!r}; choose fast or faithful", "mode")
         where = devices.resolve(device)
         directory = locate_model(model)
+        if not directory.is_dir():
+            raise CheckpointError("this installation has no embedded model; give a model directory")
         tokenizer = Tokenizer.from_directory(directory)
         faithful = mode == "faithful"
         loaded = load_model(directory, device=where, dtype="bfloat16" if faithful else "auto", fake_quant=faithful)
