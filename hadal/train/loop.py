@@ -54,7 +54,7 @@ class LoopConfig:
     minutes: float | None = None
     packs_per_micro_batch: int = 1
     micro_batches: int = 2
-    workers: int = 1  # micro-batches computed at once, each in a thread of its own
+    workers: int | None = None  # micro-batches computed at once, each in a thread; None leaves it to the stage, or is 1
     lr: float = 6e-3  # of Muon and AdamW alike
     warmup: float = 0.02
     decay_from: float = 0.5
@@ -241,7 +241,7 @@ def _step(
         return _MicroBatch({n: float(v.detach()) for n, v in parts.items()}, grads, _loads(out), out.indexer_captured)
 
     with _only_indexers(model, phase == "indexer"), _fp4_experts(model, fraction >= config.fp4_from):
-        results = _map(run, zip(batches, targets, mtp_targets, strict=True), config.workers)
+        results = _map(run, zip(batches, targets, mtp_targets, strict=True), config.workers or 1)
     optimizer.zero_grad()
     loads: dict[int, Tensor] = {}
     for result in results:  # in the order of the draws, so that sums do not depend on who finished first

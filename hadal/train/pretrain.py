@@ -142,9 +142,9 @@ def _settings(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _with_workers(loop: LoopConfig, device: torch.device) -> LoopConfig:
-    """On a CPU the micro-batches of a step run side by side, one thread each: worth more than threads in operators."""
-    workers = min(loop.micro_batches, os.cpu_count() or 1) if device.type == "cpu" else 1
-    if workers > 1:
+    """Unless told, a CPU computes a step's micro-batches side by side: worth more than threads in operators."""
+    workers = loop.workers or (min(loop.micro_batches, os.cpu_count() or 1) if device.type == "cpu" else 1)
+    if workers > 1 and device.type == "cpu":
         torch.set_num_threads(1)
     return replace(loop, workers=workers)
 
