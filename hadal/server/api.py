@@ -241,6 +241,9 @@ async def _patient(whole: asyncio.Future[dict[str, Any]], patience: float) -> As
             yield "\n"
             await asyncio.wait({whole}, timeout=patience)
         yield json.dumps(whole.result(), ensure_ascii=False)
+    except APIError as error:
+        if error.status != _CLIENT_GONE:  # nobody is there to be told
+            raise
     finally:
         whole.cancel()
 
