@@ -61,7 +61,11 @@ class TrainingOutput:
 
 
 class Model(nn.Module):
-    """A V4 model with its draft head; weights are uninitialised until loaded or `init_weights` is called."""
+    """A V4 model with its draft head.
+
+    Parameters are created in FP32 and uninitialised; `hadal.load_model` places loaded ones in the carrier's type,
+    `init_weights` fills them for training. `backend` names a kernel table or is one.
+    """
 
     def __init__(
         self, config: ModelConfig, numerics: Numerics | None = None, backend: str | KernelTable = "auto"
