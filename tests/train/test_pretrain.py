@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from random import Random
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hadal import load_model
+from hadal.cli import app
 from hadal.config import ModelConfig, preset
 from hadal.text import Tokenizer
 from hadal.train import pretrain
 from hadal.train.data import Mix, Store
-from hadal.train.loop import LoopConfig, TrainingError
+from hadal.train.loop import LoopConfig, Report, TrainingError
 from hadal.train.optim import OptimConfig
 from hadal.train.pretrain import PretrainConfig, run, scaled_config
 from hadal.train.stories import generate_story
@@ -137,3 +140,21 @@ def test_sources_in_no_mix_are_trained_on_by_their_share_of_the_tokens(tmp_path)
     assert second.weights == {"mine": 100}
     with pytest.raises(TrainingError, match="from 50%"):
         pretrain._mixes((Mix(0.5, {"gone": 1.0}),), {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--steps", "7", "--lr", "0.001", "--packs", "3", "--micro-batches", "4", "--seed", "5", "--resume"]],
+)
+def test_the_command_and_the_recipe_start_the_same_run(monkeypatch, options):
+    seen: list[PretrainConfig] = []
+
+    def run_recorded(config: PretrainConfig, say: object = print) -> Report:
+        seen.append(config)
+        return Report(1, 1, 1.0, {}, {})
+
+    monkeypatch.setattr(pretrain, "run", run_recorded)
+    monkeypatch.setattr(sys, "argv", ["nano.py", "--out", "there", *options])
+    runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "nano.py"), run_name="__main__")
+    assert CliRunner().invoke(app, ["train", "there", *options]).exit_code == 0
+    assert seen[0] == seen[1] and (seen[0].seed == 5) == bool(options)
