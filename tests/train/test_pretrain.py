@@ -142,10 +142,7 @@ def test_sources_in_no_mix_are_trained_on_by_their_share_of_the_tokens(tmp_path)
         pretrain._mixes((Mix(0.5, {"gone": 1.0}),), {})
 
 
-@pytest.mark.parametrize(
-    "options",
-    [[], ["--steps", "7", "--lr", "0.001", "--packs", "3", "--micro-batches", "4", "--seed", "5", "--resume"]],
-)
+@pytest.mark.parametrize("options", ["", "--steps 7 --lr 0.001 --packs 3 --micro-batches 4 --seed 5 --resume"])
 def test_the_command_and_the_recipe_start_the_same_run(monkeypatch, options):
     seen: list[PretrainConfig] = []
 
@@ -154,7 +151,7 @@ def test_the_command_and_the_recipe_start_the_same_run(monkeypatch, options):
         return Report(1, 1, 1.0, {}, {})
 
     monkeypatch.setattr(pretrain, "run", run_recorded)
-    monkeypatch.setattr(sys, "argv", ["nano.py", "--out", "there", *options])
+    monkeypatch.setattr(sys, "argv", ["nano.py", "--out", "there", *options.split()])
     runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "nano.py"), run_name="__main__")
-    assert CliRunner().invoke(app, ["train", "there", *options]).exit_code == 0
+    assert CliRunner().invoke(app, ["train", "there", *options.split()]).exit_code == 0
     assert seen[0] == seen[1] and (seen[0].seed == 5) == bool(options)
