@@ -268,6 +268,41 @@ def verify(
 
 @app.command()
 @_one_sentence_errors
+def bench(
+    model: Annotated[str, typer.Argument(help="A directory, a Hub repo id or `nano`.")] = "nano",
+    phase: Annotated[
+        list[str] | None, typer.Option(help="prefill, decode, batch (8 at once) or train; several.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Prompt or context length; several.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill, decode and training, each also as a fraction of this machine's own limit."""
+    import torch
+
+    from hadal.bench import run
+    from hadal.checkpoint import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(model, device="cpu", dtype=dtype, fake_quant=False, weights="dense")
+    phases, lengths = phase or ["prefill", "decode", "batch", "train"], tokens or [512]
+    figures = run(loaded, phases, lengths, lambda stage: print(stage, file=sys.stderr, flush=True))
+    if as_json:
+        rows = [{**vars(f), "fraction": f.fraction} for f in figures]
+        return _print_json({"model": model, "threads": torch.get_num_threads(), "figures": rows})
+    table = [
+        [f.phase, str(f.tokens), f"{f.tokens_per_second:,.1f}", f"{f.limit:,.0f}", f"{f.fraction:.0%} of {f.bound}"]
+        for f in figures
+    ]
+    _print_table(
+        f"{model}, {torch.get_num_threads()} threads", ["phase", "tokens", "tokens/s", "limit", "reached"], table
+    )
+
+
+@app.command()
+@_one_sentence_errors
 def train(
     out: Annotated[Path, typer.Argument(help="Model directory to write; working files go to OUT.run.")],
     corpus: Annotated[Path, typer.Option(help="Folder of text files, .jsonl or .xz.")] = Path("corpus"),

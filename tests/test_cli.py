@@ -51,7 +51,13 @@ def test_hadal_offers_its_names_and_no_others() -> None:
 
 def test_verbs_are_exactly_those_that_work() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"serve", "chat", "generate", "inspect", "convert", "verify", "train", "doctor"}
+    assert names == {"serve", "chat", "generate", "inspect", "convert", "verify", "bench", "train", "doctor"}
+
+
+def test_bench_measures_what_it_is_asked_for(model: str) -> None:
+    made = run_json("bench", model, "--phase", "decode", "--phase", "prefill", "--tokens", "16", "--threads", "1")
+    assert [(f["phase"], f["tokens"]) for f in made["figures"]] == [("decode", 16), ("prefill", 16)]
+    assert all(f["fraction"] > 0 for f in made["figures"])
 
 
 def test_generate_prints_text_or_json(model: str) -> None:

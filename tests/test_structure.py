@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "server": GROUND | {"llm", "engine", "plan", "checkpoint"},
     "train": GROUND | {"kernels", "model", "checkpoint", "plan"},
     "verify": GROUND | {"kernels", "model", "checkpoint", "plan"},
+    "bench": GROUND | {"kernels", "model", "plan"},
     "cli": {"*"},
     "__init__": {"*"},
 }
