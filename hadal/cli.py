@@ -79,12 +79,15 @@ def serve(
     device: Device = "auto",
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that run at once; more wait.")] = 16,
     max_context: MaxContext = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the model; all cores but one if left out.")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP in the shape of DeepSeek's and OpenAI's chat API."""
     import hadal.server
 
     llm = _load(model, mode, device, max_context, max_concurrent)
-    hadal.server.run(llm, host=host, port=port)
+    hadal.server.run(llm, host=host, port=port, threads=threads)
 
 
 @app.command()
