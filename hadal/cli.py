@@ -40,6 +40,7 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of a prompt and its answer; the model's own limit if left out.")
 ]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them, but one fewer to serve.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -79,9 +80,7 @@ def serve(
     device: Device = "auto",
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that run at once; more wait.")] = 16,
     max_context: MaxContext = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model; all cores but one if left out.")
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP in the shape of DeepSeek's and OpenAI's chat API."""
     import hadal.server
@@ -226,9 +225,7 @@ def inspect(
     from hadal.checkpoint import inspect as describe
 
     facts = describe(path).to_dict()
-    if as_json:
-        return _print_json(facts)
-    _print_table(None, ["fact", "value"], [[_words(k), _words(v)] for k, v in facts.items() if v is not None])
+    _print_facts(facts, as_json)
 
 
 @app.command()
@@ -278,7 +275,7 @@ def bench(
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt or context length; several.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them if left out.")] = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure prefill, decode and training, each also as a fraction of this machine's own limit."""
@@ -295,13 +292,8 @@ def bench(
     if as_json:
         rows = [{**vars(f), "fraction": f.fraction} for f in figures]
         return _print_json({"model": model, "threads": torch.get_num_threads(), "figures": rows})
-    table = [
-        [f.phase, str(f.tokens), f"{f.tokens_per_second:,.1f}", f"{f.limit:,.0f}", f"{f.fraction:.0%} of {f.bound}"]
-        for f in figures
-    ]
-    _print_table(
-        f"{model}, {torch.get_num_threads()} threads", ["phase", "tokens", "tokens/s", "limit", "reached"], table
-    )
+    title = f"{model}, {torch.get_num_threads()} threads"
+    _print_table(title, ["phase", "tokens", "tokens/s", "limit", "reached"], [f.row() for f in figures])
 
 
 @app.command()
@@ -358,15 +350,19 @@ def doctor(as_json: AsJson = False) -> None:
     facts |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     facts |= {"devices": list(available())}
     facts |= {f"free_memory_{name}": memory_available(resolve(name)) for name in available()}
-    if as_json:
-        return _print_json(facts)
-    _print_table(None, ["fact", "value"], [[_words(k), _words(v)] for k, v in facts.items()])
+    _print_facts(facts, as_json)
 
 
 def _load(model: str, mode: str, device: str, max_context: int | None, max_concurrent: int = 1) -> LLM:
     from hadal.llm import LLM
 
     return LLM(model, mode=mode, device=device, max_context=max_context, max_concurrent=max_concurrent)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return _print_json(facts)
+    _print_table(None, ["fact", "value"], [[_words(k), _words(v)] for k, v in facts.items() if v is not None])
 
 
 def _print_json(value: Any) -> None:

@@ -39,6 +39,11 @@ class Figure:
         """Share of the limit that was reached."""
         return self.tokens_per_second / self.limit
 
+    def row(self) -> list[str]:
+        """Phase, tokens, rate, limit and the share reached, as text."""
+        share = f"{self.fraction:.0%} of {self.bound}"
+        return [self.phase, str(self.tokens), f"{self.tokens_per_second:,.1f}", f"{self.limit:,.0f}", share]
+
 
 def measure_prefill(model: Model, length: int) -> Figure:
     """A prompt of `length` tokens from a fresh state, in chunks of 2,048, logits of the last token only."""
