@@ -38,4 +38,7 @@ def frequencies(config: ModelConfig, layer: LayerSpec) -> Tensor:
 def angles(config: ModelConfig, layer: LayerSpec, position_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos, sin [T, R/2] in FP32 of a layer's rotation at the given positions."""
     angle = torch.outer(position_T.float(), frequencies(config, layer).to(position_T.device))
-    return angle.cos(), angle.sin()
+    # polar, not cos and sin: on a CPU those go through a vector library that now and then answers a second thread with
+    # 1e-4 of error, which moves every later position.
+    turn = torch.polar(torch.ones_like(angle), angle)
+    return turn.real, turn.imag
