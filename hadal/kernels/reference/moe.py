@@ -18,7 +18,9 @@ from hadal.kernels.reference.dense import Weight, linear, linear_f32
 def affinities(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Expert affinities sqrt(softplus(x W^T)) [T, E] in FP32."""
     # The floor is far below any affinity that matters; without it an underflow to 0 has an infinite slope.
-    return torch.sqrt(F.softplus(linear_f32(x_TD, weight_ED)).clamp_min(1e-30))
+    # The root by rsqrt, because a CPU's vector library now and then answers torch.sqrt with 1e-4 of error.
+    soft = F.softplus(linear_f32(x_TD, weight_ED)).clamp_min(1e-30)
+    return soft * torch.rsqrt(soft)
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
