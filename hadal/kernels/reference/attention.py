@@ -108,12 +108,14 @@ def _add_indexer_loss(loss: IndexerLoss, p_THC: Tensor, scores_TC: Tensor, chose
     rows = chosen_TC.any(-1)
     if not bool(rows.any()):
         return
-    mass = p_THC.sum(1)[rows].masked_fill(~chosen_TC[rows], 0.0)
+    chosen = chosen_TC[rows]
+    hidden = ~chosen
+    mass = p_THC.sum(1)[rows].masked_fill(hidden, 0.0)
     teacher = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
-    log_student = torch.log_softmax(scores_TC[rows].float().masked_fill(~chosen_TC[rows], float("-inf")), dim=-1)
+    log_student = torch.log_softmax(scores_TC[rows].float().masked_fill(hidden, float("-inf")), dim=-1)
     log_teacher = teacher.clamp(min=1e-20).log()
-    gap = (log_teacher - log_student).masked_fill(~chosen_TC[rows], 0.0)
-    count = chosen_TC[rows].sum(-1, keepdim=True).float()
+    gap = (log_teacher - log_student).masked_fill(hidden, 0.0)
+    count = chosen.sum(-1, keepdim=True).float()
     loss.kl.append((teacher * gap).sum())
     loss.uniform.append((teacher * (log_teacher + count.log())).sum())
     loss.queries += int(rows.sum())
