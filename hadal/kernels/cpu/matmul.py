@@ -1,0 +1,240 @@
+"""Matrix products on packed weights: y[m, n] = sum_k x[m, k] w[n, k], BF16 operands, FP32 sums.
+
+A weight lies in panels of 32 output columns, a panel in blocks of 32 k. A block expands to the two B tiles of
+`tiles.multiply`, 2,048 bytes:
+  bf16  these tiles as they are
+  fp8   the panel begins with two E8M0 bytes per 128 k, one per tile, padded to 64 bytes; a block is 1,024 E4M3 codes,
+        64 bytes for two pairs of k, byte 16l + 8h + i being word 8l + i of pair h
+  fp4   per tile 16 E8M0 bytes, one per column, then 4 x 64 bytes: nibble i of word (column, parity) of vector q is
+        the code of k = 2 (4q + i) + parity
+The expansion is exact: scales are powers of two. The first block of rows expands a panel into scratch while it
+multiplies, the others find it there. Threads split panels, never k.
+
+A job multiplies groups of rows, each by its own matrix of a stack: (matrix, first row, rows) for experts, one group
+for a plain product, one per output group for `wo_a`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from hadal.kernels.cpu.ir import F32, I8, I16, I32, I64, Function, Value, Variable, vec
+from hadal.kernels.cpu.numbers import round_bf16, silu
+from hadal.kernels.cpu.program import Kernel, KernelModule
+from hadal.kernels.cpu.target import Isa
+from hadal.kernels.cpu.tiles import TILE, configure, multiply, release, row_blocks
+
+Format = Literal["bf16", "fp8", "fp4"]
+Epilogue = Literal["f32", "bf16", "swiglu"]
+PANEL = BLOCK = 32
+EXPANDED = 2 * TILE
+BLOCK_BYTES = {"bf16": EXPANDED, "fp8": 1024, "fp4": 544}
+GROUP_WORDS = 3
+ROW_PADDING = 32  # rows that a product may write behind the last one it was asked for
+JOB = "weight weight_step rows row_stride row_step out out_stride out_step panels blocks groups scratch scratch_step mixing limit"
+
+_BYTES, _WORDS, _VECTOR = vec(64, I8), vec(32, I16), vec(16, F32)
+_E2M1_BF16 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]
+
+
+def head_bytes(form: Format, blocks: int) -> int:
+    """Bytes of a panel before its first block."""
+    return -(-blocks // 128) * 64 if form == "fp8" else 0
+
+
+def panel_bytes(form: Format, blocks: int) -> int:
+    """Bytes of a panel."""
+    return head_bytes(form, blocks) + blocks * BLOCK_BYTES[form]
+
+
+def e4m3_words() -> np.ndarray:
+    """BF16 bits of the 128 E4M3 codes without a sign; the code that means NaN is never used."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    value = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    words: np.ndarray = value.astype(np.float32).view(np.uint32) >> 16
+    return words
+
+
+class _Expander:
+    """Emits the expansion of block i of a panel; keeps what stays the same between blocks."""
+
+    def __init__(self, f: Function, isa: Isa, form: Format, panel: Value, blocks: Value) -> None:
+        self.f, self.isa, self.form, self.panel, self.blocks = f, isa, form, panel, blocks
+        self._tables: list[Variable] = []
+        if form == "fp8" and isa.avx512:
+            self._tables = [f.var(f.const(_BYTES, 0)) for _ in range(8)]
+
+    def block(self, i: Value, to: Value) -> None:
+        """Expand block i into 2,048 bytes."""
+        start = i * BLOCK_BYTES[self.form]
+        place = self.f.at(self.panel, start + _head(self.blocks) if self.form == "fp8" else start)
+        if self.form == "fp4":
+            self._fp4(place, to)
+        elif self.isa.avx512:
+            self._fp8_tables(i)
+            self._fp8_lookup(place, to)
+        else:
+            self._fp8_arithmetic(i, place, to)
+
+    def _fp4(self, place: Value, to: Value) -> None:
+        f = self.f
+        for tile in range(2):
+            at = f.at(place, tile * 272)
+            scale = (f.load(vec(16, I8), at).zext(vec(16, I16)) - 127) << 7
+            scale = scale.pick([i // 2 for i in range(32)])
+            for q in range(4):
+                codes = f.load(_WORDS, at, 16 + 64 * q)
+                for i in range(4):
+                    value = self._e2m1(codes >> (4 * i))
+                    out = (value & 0x7FFF).differs(0).choose(value + scale, f.const(_WORDS, 0))
+                    f.store(out, to, TILE * tile + 64 * (4 * q + i))
+
+    def _e2m1(self, codes: Value) -> Value:
+        """BF16 words of the E2M1 codes in the low nibbles."""
+        f = self.f
+        if self.isa.avx512:
+            table = f.const(_WORDS, (_E2M1_BF16 + [w | 0x8000 for w in _E2M1_BF16]) * 2)
+            return f.call(_WORDS, "llvm.x86.avx512.permvar.hi.512", table, codes)
+        magnitude, sign = codes & 7, (codes & 8) << 12
+        normal = (magnitude << 6) + (126 << 7)
+        half = magnitude.equals(1).choose(f.const(_WORDS, 126 << 7), normal)
+        return magnitude.equals(0).choose(f.const(_WORDS, 0), half) | sign
+
+    def _fp8_tables(self, i: Value) -> None:
+        """High and low bytes of all codes with the scale of this 128 k folded in."""
+        f, wide = self.f, vec(64, I16)
+        words = e4m3_words()
+        with f.when((i & 3).equals(0)):
+            for tile in range(2):
+                scale = ((f.load(I8, self.panel, (i >> 2) * 2 + tile).zext(I16) - 127) << 7).spread(64)
+                for half in range(2):
+                    part = words[64 * half : 64 * half + 64]
+                    keep = f.const(wide, [-1 if w else 0 for w in part])
+                    table = f.const(wide, [int(w) for w in part]) + (scale & keep)
+                    self._tables[4 * tile + half].set(table.trunc(_BYTES))
+                    self._tables[4 * tile + 2 + half].set((table >> 8).trunc(_BYTES))
+
+    def _fp8_lookup(self, place: Value, to: Value) -> None:
+        f = self.f
+        tables = [t.get() for t in self._tables]
+        for part in range(16):
+            codes = f.load(_BYTES, place, 64 * part)
+            low, high = (
+                f.call(_BYTES, "llvm.x86.avx512.vpermi2var.qi.512", tables[t], codes, tables[t + 1])
+                for t in (part // 8 * 4, part // 8 * 4 + 2)
+            )
+            high = high | (codes & -128)
+            for half in range(2):
+                order = [16 * lane + 8 * half + i // 2 + 64 * (i & 1) for lane in range(4) for i in range(16)]
+                f.store(low.pick(order, high), to, 128 * part + 64 * half)
+
+    def _fp8_arithmetic(self, i: Value, place: Value, to: Value) -> None:
+        """As FP32: the code's bits moved into place are the value times 2^-120, subnormals included."""
+        f, wide = self.f, vec(16, I32)
+        for part in range(16):
+            factor = (f.load(I8, self.panel, (i >> 2) * 2 + part // 8).zext(I32) << 23).bits(F32).spread(16)
+            for half in range(2):
+                for side in range(2):  # words 8l + i of lanes l = 2 side, 2 side + 1
+                    codes = [f.load(vec(8, I8), place, 64 * part + 16 * (2 * side + lane) + 8 * half) for lane in (0, 1)]
+                    code = codes[0].pick(range(16), codes[1]).zext(wide)
+                    bits = ((code & 0x7F) << 20).bits(_VECTOR) * 2.0**120 * factor
+                    value = bits.bits(wide) | ((code & 0x80) << 24)
+                    f.store((value >> 16).trunc(vec(16, I16)), to, 128 * part + 64 * half + 32 * side)
+
+
+def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> None:
+    """The kernel `product_<form>_<epilogue>`: all groups of a job; words as in `JOB`."""
+    with module.kernel(f"product_{form}_{epilogue}", JOB) as k:
+        f = k.f
+        configure(f, k.isa)
+        panels, blocks = k.arg("panels"), k.arg("blocks")
+        count = f.load(I64, k.ptr("groups"))
+        scratch = f.at(k.ptr("scratch"), k.arg("scratch_step") * f["thread"])
+        for unit in k.share(count * panels):
+            group = f.at(k.ptr("groups"), unit / panels * (8 * GROUP_WORDS) + 8)
+            matrix, first, rows = (f.load(I64, group, 8 * i) for i in range(3))
+            panel = unit % panels
+            weight = f.at(k.ptr("weight"), matrix * k.arg("weight_step") + panel * _panel_size(blocks, form))
+            a = f.at(k.ptr("rows"), first * k.arg("row_stride") + matrix * k.arg("row_step"))
+            _panel(k, form, epilogue, weight, a, first, rows, panel, blocks, scratch, matrix)
+        release(f, k.isa)
+
+
+def _head(blocks: Value) -> Value:
+    return ((blocks + 127) >> 7) << 6
+
+
+def _panel_size(blocks: Value, form: Format) -> Value:
+    body = blocks * BLOCK_BYTES[form]
+    return body + _head(blocks) if form == "fp8" else body
+
+
+def _panel(
+    k: Kernel, form: Format, epilogue: Epilogue, weight: Value, a: Value, first: Value, rows: Value, panel: Value,
+    blocks: Value, scratch: Value, matrix: Value,
+) -> None:  # fmt: skip
+    """All rows of a group by one panel, in blocks of rows; the first block of rows expands the panel."""
+    f, isa = k.f, k.isa
+    sizes = row_blocks(isa)
+    stride = k.arg("row_stride")
+    out_stride = k.arg("out_stride")
+    width = {"f32": 128, "bf16": 64, "swiglu": 32}[epilogue]
+    out = f.at(k.ptr("out"), first * out_stride + panel * width + matrix * k.arg("out_step"))
+    done = f.var(f.const(I64, 0))
+    square = f.scratch(ROW_PADDING * 128) if epilogue != "f32" else None
+
+    def rows_block(size: int, expander: _Expander | None) -> None:
+        here = f.at(out, done.get() * out_stride)
+        ahead = None
+        if expander is not None:
+            expander.block(f.const(I64, 0), scratch)
+
+            def ahead(i: Value) -> None:
+                following = (i + 1).min(blocks - 1)
+                expander.block(following, f.at(scratch, following * EXPANDED))
+
+        source = scratch if form != "bf16" else weight
+        target, target_stride = (here, out_stride) if square is None else (square, f.const(I64, 128))
+        multiply(f, isa, size, f.at(a, done.get() * stride), stride, source, blocks, target, target_stride, ahead)
+        if square is not None:
+            valid = (rows - done.get()).min(size)
+            _finish(k, epilogue, square, valid, here, out_stride, first + done.get())
+        done.set(done.get() + size)
+
+    for fresh in (True, False) if form != "bf16" else (False,):
+        for position, size in enumerate(sizes):
+            left = rows - done.get()
+            last = position == len(sizes) - 1
+            fits = left > 0 if last else (left > size - 1 if not isa.amx else left > 16)
+            if fresh:
+                with f.when(fits if position == 0 else fits & done.get().equals(0)):
+                    rows_block(size, _Expander(f, isa, form, weight, blocks))
+            else:
+                for loop in f.repeat_while():
+                    left = rows - done.get()
+                    loop.leave_unless(left > 0 if last else (left > size - 1 if not isa.amx else left > 16))
+                    rows_block(size, None)
+
+
+def _finish(
+    k: Kernel, epilogue: Epilogue, square: Value, rows: Value, out: Value, out_stride: Value, first: Value
+) -> None:
+    """Rows of a finished block from FP32 [rows, 32] to BF16, or gate and up columns to one clamped SwiGLU."""
+    f = k.f
+    for r in f.range(rows):
+        left, right = (f.load(_VECTOR, square, r * 128 + 64 * c) for c in range(2))
+        here = f.at(out, r * out_stride)
+        if epilogue == "bf16":
+            f.store(round_bf16(f, left), here)
+            f.store(round_bf16(f, right), here, 32)
+        else:
+            limit = k.real("limit")
+            gate = left.min(limit.spread(16))
+            up = right.min(limit.spread(16)).max((-limit).spread(16))
+            weight = f.load(F32, k.ptr("mixing"), (first + r) * 4).spread(16)
+            f.store(round_bf16(f, silu(f, gate) * up * weight), here)
+
+
