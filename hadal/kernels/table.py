@@ -6,7 +6,7 @@ A backend is a table with the same names and signatures as `reference`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -48,7 +48,7 @@ class KernelTable:
         return {name: f"{f.__module__}.{f.__qualname__}" for name, f in chosen.items()}
 
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "fused")
 
 
 def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
@@ -57,7 +57,17 @@ def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
         return backend
     if backend not in ("auto", *BACKENDS):
         raise KernelError(f"no kernel backend {backend!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
-    return _reference()
+    return _reference() if backend == "reference" else _fused()
+
+
+@cache
+def _fused() -> KernelTable:
+    """The reference with some operators replaced by twins that bring their own gradient."""
+    from hadal.kernels.fused import attention, dense, moe
+
+    modules = (attention, dense, moe)
+    twins = {f.name: getattr(m, f.name) for f in fields(KernelTable) for m in modules if hasattr(m, f.name)}
+    return replace(_reference(), name="fused", **twins)
 
 
 @cache

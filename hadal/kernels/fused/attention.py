@@ -1,0 +1,209 @@
+"""Attention with a gradient of its own: only queries, keys and the selection are kept, probabilities are made again.
+
+Both passes walk over the same chunks of queries as large products; nothing of size T x T exists, and the indexer's
+objective is differentiated in the forward pass, so its scores are not kept either.
+
+Legend: T query tokens of the span, H heads, D head dim, t queries of a chunk, n keys of a chunk (window rows then
+entries), K window rows, C compressed entries, J indexer heads, E indexer dim. Source: report 2.3.3, training.md 1.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hadal.kernels.fused.grad import wants_grad, wide
+from hadal.kernels.keys import Attended, IndexerLoss, IndexQuery
+from hadal.kernels.numerics import Numerics
+from hadal.kernels.reference import attention as reference
+from hadal.kernels.reference.compress import select_topk
+
+CHUNK = 64  # queries per chunk; fewer waste less of a window's band, more fill the matrix units
+CHUNK_LOGITS = 1 << 23  # upper bound of logits held at once
+
+
+def attend(q_THD: Tensor, keys: Attended, sink_H: Tensor, num: Numerics, loss: IndexerLoss | None = None) -> Tensor:
+    """As the reference."""
+    index = keys.index
+    learned = (index.q_THD, index.weight_TH, index.keys_CD) if index is not None and loss is not None else ()
+    if keys.full_block or not wants_grad(q_THD, keys.window_KD, keys.entries_CD, sink_H, *learned):
+        return reference.attend(q_THD, keys, sink_H, num, loss)
+    out: Tensor
+    out, kl, uniform, queries = _Attention.apply(
+        q_THD, keys.window_KD, keys.entries_CD, sink_H, *(learned or (None, None, None)), keys, num.matmul
+    )
+    if loss is not None and queries:
+        loss.kl.append(kl)
+        loss.uniform.append(uniform)
+        loss.queries += queries
+    return out
+
+
+class _Chunk:
+    """One chunk [a, b) of queries: its band of window rows [low, high), its entries [0, visible), which are hidden."""
+
+    def __init__(self, keys: Attended, a: int, b: int, device: torch.device) -> None:
+        self.a, self.b = a, b
+        self.low, self.high = max(0, keys.history + a - keys.window + 1), keys.history + b
+        self.visible = (keys.start + b) // keys.ratio if keys.ratio else 0
+        self.position = torch.arange(keys.start + a, keys.start + b, device=device).unsqueeze(1)
+        row = torch.arange(self.low, self.high, device=device) + (keys.start - keys.history)
+        age = self.position - row
+        self.outside = (age < 0) | (age >= keys.window)
+        entry = torch.arange(self.visible, device=device)
+        self.complete = (self.position + 1) // keys.ratio > entry if self.visible else None
+
+    def hidden(self, chosen_tC: Tensor | None) -> Tensor:
+        """[t, n], where a query may not look."""
+        chosen = self.complete if chosen_tC is None else chosen_tC
+        return self.outside if chosen is None else torch.cat((self.outside, ~chosen), dim=1)
+
+
+def _chunks(keys: Attended, total: int, heads: int, device: torch.device) -> Iterator[_Chunk]:
+    width = CHUNK + keys.window + (len(keys.entries_CD) if keys.entries_CD is not None else 0)
+    size = max(1, min(CHUNK, CHUNK_LOGITS // (heads * width)))
+    return (_Chunk(keys, a, min(a + size, total), device) for a in range(0, total, size))
+
+
+def _probabilities(q_MD: Tensor, kv_nD: Tensor, hidden_tn: Tensor, sink_H: Tensor) -> Tensor:
+    """Softmax over [keys | sink], [t, H, n + 1]; M = t * H rows."""
+    t, n = hidden_tn.shape
+    logits = sink_H.new_empty(t, len(sink_H), n + 1)
+    logits[..., :n] = (q_MD @ kv_nD.T).view(t, -1, n)
+    logits[..., :n].masked_fill_(hidden_tn.unsqueeze(1), float("-inf"))
+    logits[..., n] = sink_H
+    return torch.softmax(logits, dim=-1)
+
+
+class _Attention(torch.autograd.Function):
+    """Returns the output, the indexer's summed KL, that of a uniform choice, and the number of queries with a choice.
+
+    Products run in `matmul` or the carrier, softmax and sums over chunks in FP32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, window_KD: Tensor, entries_CD: Tensor | None, sink_H: Tensor, index_q: Tensor | None,
+        index_weight: Tensor | None, index_keys: Tensor | None, keys: Attended, matmul: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+        total, heads, dim = q_THD.shape
+        product, sums = matmul or q_THD.dtype, wide(q_THD.dtype)
+        scaled = (q_THD * dim**-0.5).to(product)
+        window = window_KD.to(product)
+        entries = None if entries_CD is None else entries_CD.to(product)
+        sink = sink_H.to(sums)
+        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        selections: list[Tensor | None] = []
+        objective = None if index_q is None else _Objective(keys.index, sums)
+        for c in _chunks(keys, total, heads, q_THD.device):
+            scores = chosen = None
+            if keys.index is not None and c.complete is not None:
+                topk = keys.index.topk
+                if objective is not None or c.visible > topk:
+                    dots = _dots(keys.index, c)
+                    scores = (dots * keys.index.weight_TH[c.a : c.b].unsqueeze(-1)).sum(1)
+                    scores.masked_fill_(~c.complete, float("-inf"))
+                    chosen = select_topk(scores, topk) if c.visible > topk else None
+            selections.append(chosen)
+            kv = window[c.low : c.high] if entries is None else torch.cat((window[c.low : c.high], entries[: c.visible]))
+            p = _probabilities(scaled[c.a : c.b].view(-1, dim), kv, c.hidden(chosen), sink)[..., :-1]
+            out[c.a : c.b] = (p.to(product).view(-1, len(kv)) @ kv).view(-1, heads, dim)
+            if objective is not None and scores is not None:
+                visible = c.complete if chosen is None else chosen
+                objective.add(c, dots, scores, p[..., c.high - c.low :], visible)
+        grads = () if objective is None else objective.gradients()
+        ctx.save_for_backward(scaled, window, entries, sink, *grads)
+        ctx.keys, ctx.selections = keys, selections
+        ctx.types = (q_THD.dtype, window_KD.dtype, entries_CD.dtype if entries_CD is not None else None, sink_H.dtype)
+        ctx.set_materialize_grads(False)
+        zero = sink.new_zeros(())
+        kl, uniform, queries = (zero, zero.clone(), 0) if objective is None else objective.totals()
+        ctx.mark_non_differentiable(uniform)
+        return out, kl, uniform, queries
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dkl: Tensor | None, _uniform: None, _queries: None
+    ) -> tuple[Tensor | None, ...]:
+        scaled, window, entries, sink, *index_grads = ctx.saved_tensors
+        learned = tuple(g * dkl for g in index_grads) if index_grads and dkl is not None else (None, None, None)
+        if dout is None or not any(ctx.needs_input_grad[:4]):
+            return None, None, None, None, *learned, None, None
+        total, heads, dim = scaled.shape
+        product, n_sums = scaled.dtype, sink.dtype
+        dout = dout.to(product)
+        dq = torch.empty(scaled.shape, dtype=ctx.types[0], device=scaled.device)
+        dwindow = torch.zeros(window.shape, dtype=n_sums, device=scaled.device)
+        dentries = None if entries is None else torch.zeros(entries.shape, dtype=n_sums, device=scaled.device)
+        dsink = torch.zeros_like(sink)
+        for c, chosen in zip(_chunks(ctx.keys, total, heads, scaled.device), ctx.selections, strict=True):
+            kv = window[c.low : c.high] if entries is None else torch.cat((window[c.low : c.high], entries[: c.visible]))
+            q, do = scaled[c.a : c.b].view(-1, dim), dout[c.a : c.b].reshape(-1, dim)
+            p = _probabilities(q, kv, c.hidden(chosen), sink)
+            dp = torch.zeros_like(p)
+            dp[..., :-1] = (do @ kv.T).view(-1, heads, len(kv))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dsink += ds[..., -1].sum(0)
+            # A key is its own value: its gradient is one product over [P; dS] and [dO; Q].
+            left = torch.empty(2, len(q), len(kv), dtype=product, device=q.device)
+            left[0].view(-1, heads, len(kv)).copy_(p[..., :-1])
+            left[1].view(-1, heads, len(kv)).copy_(ds[..., :-1])
+            dq[c.a : c.b] = (left[1] @ kv).view(-1, heads, dim)
+            dkv = left.flatten(0, 1).T @ torch.cat((do, q))
+            dwindow[c.low : c.high] += dkv[: c.high - c.low]
+            if dentries is not None:
+                dentries[: c.visible] += dkv[c.high - c.low :]
+        dq.mul_(dim**-0.5)
+        narrow = None if dentries is None else dentries.to(ctx.types[2])
+        return dq, dwindow.to(ctx.types[1]), narrow, dsink.to(ctx.types[3]), *learned, None, None
+
+
+def _dots(index: IndexQuery, c: _Chunk) -> Tensor:
+    """relu(q . k), [t, J, visible]."""
+    q = index.q_THD[c.a : c.b]
+    return (q.reshape(-1, q.shape[2]) @ index.keys_CD[: c.visible].T).relu_().view(len(q), q.shape[1], -1)
+
+
+class _Objective:
+    """KL(attention over the chosen entries || softmax of the index scores) and its gradient, chunk by chunk."""
+
+    def __init__(self, index: IndexQuery | None, sums: torch.dtype) -> None:
+        assert index is not None
+        self._index = index
+        self._dq = torch.zeros_like(index.q_THD)
+        self._dweight = torch.zeros_like(index.weight_TH)
+        self._dkeys = torch.zeros_like(index.keys_CD)
+        self._kl = torch.zeros((), dtype=sums, device=index.q_THD.device)
+        self._uniform = self._kl.clone()
+        self._queries = 0
+
+    def add(self, c: _Chunk, dots_tJC: Tensor, scores_tC: Tensor, p_tHC: Tensor, chosen_tC: Tensor) -> None:
+        """Count a chunk; queries that see no entry count nothing."""
+        index, hidden = self._index, ~chosen_tC
+        blind = hidden.all(-1, keepdim=True)
+        mass = p_tHC.sum(1).masked_fill_(hidden, 0.0)
+        teacher = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
+        logits = scores_tC.to(teacher.dtype).masked_fill(hidden & ~blind, float("-inf")).masked_fill_(blind, 0.0)
+        log_student = torch.log_softmax(logits, dim=-1)
+        log_teacher = teacher.clamp(min=1e-20).log()
+        self._kl += (teacher * (log_teacher - log_student).masked_fill_(hidden, 0.0)).sum()
+        count = chosen_tC.sum(-1, keepdim=True).clamp(min=1).to(teacher.dtype)
+        self._uniform += (teacher * (log_teacher + count.log())).sum()
+        self._queries += int((~blind).sum())
+        slope = log_student.exp_().mul_(teacher.sum(-1, keepdim=True)).sub_(teacher).masked_fill_(hidden, 0.0)
+        slope = slope.to(dots_tJC.dtype).unsqueeze(1)
+        self._dweight[c.a : c.b] = (dots_tJC * slope).sum(-1)
+        ddots = (slope * index.weight_TH[c.a : c.b].unsqueeze(-1)).mul_(dots_tJC > 0).flatten(0, 1)
+        self._dq[c.a : c.b] = (ddots @ index.keys_CD[: c.visible]).view_as(self._dq[c.a : c.b])
+        self._dkeys[: c.visible].addmm_(ddots.T, index.q_THD[c.a : c.b].reshape(-1, index.q_THD.shape[2]))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries, weights and keys."""
+        return self._dq, self._dweight, self._dkeys
+
+    def totals(self) -> tuple[Tensor, Tensor, int]:
+        """Summed KL, the same of a uniform choice, and the queries that had a choice."""
+        return self._kl, self._uniform, self._queries
