@@ -319,6 +319,11 @@ class Function:
     def _invocation(self, kind: str, name: str, arguments: Sequence[Value]) -> str:
         return f"call {kind} @{name}({', '.join(f'{a.kind} {a.name}' for a in arguments)})"
 
+    def prefetch(self, pointer: Value, offset: Operand = 0) -> None:
+        """Ask for a cache line to be brought into the second cache."""
+        hints = [self.const(I32, i) for i in (0, 2, 1)]  # read, keep in the second cache, data
+        self.do("llvm.prefetch.p0", self.at(pointer, offset), *hints)
+
     def fma(self, a: Value, b: Operand, c: Operand) -> Value:
         """a * b + c with one rounding."""
         suffix = ("" if lanes(a.kind) == 1 else f"v{lanes(a.kind)}") + f"f{8 * size(element(a.kind))}"

@@ -32,6 +32,9 @@ PANEL = BLOCK = 32
 EXPANDED = 2 * TILE
 BLOCK_BYTES = {"bf16": EXPANDED, "fp8": 1024, "fp4": 544}
 GROUP_WORDS = 3
+AHEAD = 2  # blocks that are expanded before they are used
+RING = 4
+FETCH_AHEAD = 4096  # bytes
 ROW_PADDING = 32  # rows that a product may write behind the last one it was asked for
 JOB = "weight weight_step rows row_stride row_step out out_stride out_step panels blocks groups scratch scratch_step mixing limit"
 
@@ -71,6 +74,8 @@ class _Expander:
         """Expand block i into 2,048 bytes."""
         start = i * BLOCK_BYTES[self.form]
         place = self.f.at(self.panel, start + _head(self.blocks) if self.form == "fp8" else start)
+        for line in range(0, BLOCK_BYTES[self.form], 64):  # the hardware's own prefetcher stops at every page
+            self.f.prefetch(place, FETCH_AHEAD + line)
         if self.form == "fp4":
             self._fp4(place, to)
         elif self.isa.avx512:
@@ -189,16 +194,23 @@ def _panel(
     def rows_block(size: int, expander: _Expander | None) -> None:
         here = f.at(out, done.get() * out_stride)
         ahead = None
+        # One block of rows needs each expanded block once, so a few places in turn, which stay in the first cache, do.
+        mask = (rows > size).choose(f.const(I64, -1), RING - 1) if expander is not None else f.const(I64, -1)
+
+        def place(i: Value) -> Value:
+            return f.at(weight if form == "bf16" else scratch, (i & mask) * EXPANDED)
+
         if expander is not None:
-            expander.block(f.const(I64, 0), scratch)
+            for i in range(AHEAD):
+                first_blocks = f.const(I64, i).min(blocks - 1)
+                expander.block(first_blocks, place(first_blocks))
 
             def ahead(i: Value) -> None:
-                following = (i + 1).min(blocks - 1)
-                expander.block(following, f.at(scratch, following * EXPANDED))
+                with f.when(i + AHEAD < blocks):
+                    expander.block(i + AHEAD, place(i + AHEAD))
 
-        source = scratch if form != "bf16" else weight
         target, target_stride = (here, out_stride) if square is None else (square, f.const(I64, 128))
-        multiply(f, isa, size, f.at(a, done.get() * stride), stride, source, blocks, target, target_stride, ahead)
+        multiply(f, isa, size, f.at(a, done.get() * stride), stride, place, blocks, target, target_stride, ahead)
         if square is not None:
             valid = (rows - done.get()).min(size)
             _finish(k, epilogue, square, valid, here, out_stride, first + done.get())

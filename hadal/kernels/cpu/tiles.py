@@ -42,13 +42,15 @@ def multiply(
     rows: int,
     a: Value,
     a_stride: Operand,
-    b: Value,
+    b: Callable[[Value], Value],
     blocks: Operand,
     out: Value,
     out_stride: Operand,
     ahead: Callable[[Value], None] | None = None,
 ) -> None:
-    """C = A B over `blocks` blocks into FP32 `out`; strides in bytes; `ahead(i)` is emitted at the start of block i.
+    """C = A B over `blocks` blocks into FP32 `out`; strides in bytes.
+
+    `b(i)` is the address of block i of B; `ahead(i)` is emitted before block i is used.
 
     With tile registers all 16 or 32 rows of A are read and all rows of `out` are written.
     """
@@ -60,8 +62,8 @@ def multiply(
 
 
 def _multiply_tiles(
-    f: Function, high: int, a: Value, a_stride: Value, b: Value, blocks: Operand, out: Value, out_stride: Value,
-    ahead: Callable[[Value], None] | None,
+    f: Function, high: int, a: Value, a_stride: Value, b: Callable[[Value], Value], blocks: Operand, out: Value,
+    out_stride: Value, ahead: Callable[[Value], None] | None,
 ) -> None:  # fmt: skip
     tile = [f.const(I8, i) for i in range(8)]
     width = f.const(I64, 64)
@@ -73,7 +75,7 @@ def _multiply_tiles(
         for r in range(high):
             f.do("llvm.x86.tileloadd64", tile[4 + r], f.at(a, i * 64 + a_stride * (16 * r)), a_stride)
         for c in range(2):
-            f.do("llvm.x86.tileloadd64", tile[6 + c], f.at(b, i * (2 * TILE) + TILE * c), width)
+            f.do("llvm.x86.tileloadd64", tile[6 + c], f.at(b(i), TILE * c), width)
         for r in range(high):
             for c in range(2):
                 f.do("llvm.x86.tdpbf16ps", tile[2 * r + c], tile[4 + r], tile[6 + c])
@@ -83,15 +85,15 @@ def _multiply_tiles(
 
 
 def _multiply_vectors(
-    f: Function, isa: Isa, rows: int, a: Value, a_stride: Value, b: Value, blocks: Operand, out: Value,
-    out_stride: Value, ahead: Callable[[Value], None] | None,
+    f: Function, isa: Isa, rows: int, a: Value, a_stride: Value, b: Callable[[Value], Value], blocks: Operand,
+    out: Value, out_stride: Value, ahead: Callable[[Value], None] | None,
 ) -> None:  # fmt: skip
     sums = [[f.var(f.const(_VECTOR, 0)) for _ in range(2)] for _ in range(rows)]
     row = [f.at(a, a_stride * r) for r in range(rows)]
     for i in f.range(blocks):
         if ahead is not None:
             ahead(i)
-        block = f.at(b, i * (2 * TILE))
+        block = b(i)
         for pair in f.range(16):
             columns = [f.load(vec(16, I32), f.at(block, pair * 64), TILE * c) for c in range(2)]
             for r in range(rows):
