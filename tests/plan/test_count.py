@@ -6,7 +6,7 @@ import pytest
 
 from hadal.checkpoint import tensor_table
 from hadal.config import PRESETS, preset
-from hadal.plan import count
+from hadal.plan import active_bytes, count
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_parameters_are_the_elements_of_the_tensor_list(name: str) -> None:
             else:
                 trunk += math.prod(spec.shape)
     assert (counted.parameters, counted.draft_parameters) == (trunk, draft)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("quantization", "expert_dtype"), [(True, "fp4"), (True, "fp8"), (False, None)])
+def test_active_bytes_are_those_of_the_files_with_the_experts_share(
+    name: str, quantization: bool, expert_dtype: str | None
+) -> None:
+    config = preset(name).replace(quantization=quantization, expert_dtype=expert_dtype)
+    experts = other = 0
+    for spec in tensor_table(config):
+        if not spec.name.startswith(("mtp.", "embed.")) and spec.dtype != "I64":
+            experts += spec.nbytes * (spec.family == "expert")
+            other += spec.nbytes * (spec.family != "expert")
+    share = config.num_experts_per_tok / config.n_routed_experts
+    assert active_bytes(config) == pytest.approx(other + experts * share, rel=1e-12)
+    assert active_bytes(config, 2) == pytest.approx(other + experts * (1 - (1 - share) ** 2), rel=1e-12)
+    assert active_bytes(config, 10**6) == pytest.approx(other + experts, rel=1e-12)
