@@ -17,11 +17,13 @@ from typing import Any
 
 _AMX_PERMISSION = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA) on x86-64 Linux
 _FEATURES = {
-    "amx": ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "avx512vnni"),
+    "amx": (
+        "amx-tile", "amx-bf16", "amx-int8", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "avx512vnni",
+    ),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512bf16", "avx512vnni"),
     "avx2": ("avx2", "fma"),
     "neon": ("neon",),
-}
+}  # fmt: skip
 _CPU = {"amx": "sapphirerapids", "avx512": "znver4", "avx2": "haswell", "neon": "neoverse-n1"}
 _TRIPLE = {"neon": "aarch64-unknown-linux-gnu"}
 
@@ -38,7 +40,7 @@ class Isa:
 
     @property
     def amx(self) -> bool:
-        """Tile registers with BF16 products."""
+        """Tile registers with BF16 and int8 products."""
         return self.name == "amx"
 
     @property
