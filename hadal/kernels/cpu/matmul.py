@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from hadal.kernels.cpu.ir import F32, I8, I16, I32, I64, Function, Value, Variable, vec
+from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, Function, Value, Variable, vec
 from hadal.kernels.cpu.numbers import round_bf16, silu
 from hadal.kernels.cpu.program import Kernel, KernelModule
 from hadal.kernels.cpu.target import Isa
@@ -189,7 +189,7 @@ def _panel(
     width = {"f32": 128, "bf16": 64, "swiglu": 32}[epilogue]
     out = f.at(k.ptr("out"), first * out_stride + panel * width + matrix * k.arg("out_step"))
     done = f.var(f.const(I64, 0))
-    square = f.scratch(ROW_PADDING * 128) if epilogue != "f32" else None
+    square = f.scratch(ROW_PADDING * 128)
 
     def rows_block(size: int, expander: _Expander | None) -> None:
         here = f.at(out, done.get() * out_stride)
@@ -209,10 +209,13 @@ def _panel(
                 with f.when(i + AHEAD < blocks):
                     expander.block(i + AHEAD, place(i + AHEAD))
 
-        target, target_stride = (here, out_stride) if square is None else (square, f.const(I64, 128))
-        multiply(f, isa, size, f.at(a, done.get() * stride), stride, place, blocks, target, target_stride, ahead)
-        if square is not None:
-            valid = (rows - done.get()).min(size)
+        valid = (rows - done.get()).min(size)
+        # A tile register always has 16 rows: what lies beyond the group is computed and not stored.
+        direct = valid.equals(size) if epilogue == "f32" else f.const(I1, 0)
+        target, target_stride = direct.choose(here, square), direct.choose(out_stride, f.const(I64, 128))
+        a_stride = valid.equals(1).choose(f.const(I64, 0), stride)
+        multiply(f, isa, size, f.at(a, done.get() * stride), a_stride, place, blocks, target, target_stride, ahead)
+        with f.when(direct.equals(0)):
             _finish(k, epilogue, square, valid, here, out_stride, first + done.get())
         done.set(done.get() + size)
 
@@ -234,12 +237,15 @@ def _panel(
 def _finish(
     k: Kernel, epilogue: Epilogue, square: Value, rows: Value, out: Value, out_stride: Value, first: Value
 ) -> None:
-    """Rows of a finished block from FP32 [rows, 32] to BF16, or gate and up columns to one clamped SwiGLU."""
+    """Rows of a finished block [rows, 32] as they are, in BF16, or gate and up columns as one clamped SwiGLU."""
     f = k.f
     for r in f.range(rows):
         left, right = (f.load(_VECTOR, square, r * 128 + 64 * c) for c in range(2))
         here = f.at(out, r * out_stride)
-        if epilogue == "bf16":
+        if epilogue == "f32":
+            f.store(left, here)
+            f.store(right, here, 64)
+        elif epilogue == "bf16":
             f.store(round_bf16(f, left), here)
             f.store(round_bf16(f, right), here, 32)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hadal.kernels.cpu.ir import BF16, F32, I8, I32, I64, Function, Module, Operand, Value, vec
+from hadal.kernels.cpu.ir import BF16, F32, I8, I32, I64, Function, Operand, Value, vec
 from hadal.kernels.cpu.target import Isa
 
 TILE = 1024  # bytes of a full tile: 16 rows of 64 bytes
@@ -115,7 +115,7 @@ def dot_bf16(f: Function, isa: Isa, total: Value, a: Value, b: Value) -> Value:
     return total
 
 
-def transpose_pairs(f: Function, rows: list[Value]) -> list[Value]:
+def transpose_pairs(_: Function, rows: list[Value]) -> list[Value]:
     """A 16 x 16 square of 32-bit lanes, turned: result i holds lane i of every row."""
     step = 1
     while step < 16:
@@ -130,13 +130,4 @@ def transpose_pairs(f: Function, rows: list[Value]) -> list[Value]:
         rows = turned
         step *= 2
     return rows
-
-
-def emit_transposer(module: Module) -> None:
-    """`transpose(from, from_stride, to, to_stride)`: a 16 x 16 square of 32-bit words in memory."""
-    with module.function("transpose", {"a": "ptr", "la": I64, "b": "ptr", "lb": I64}, exported=False) as f:
-        rows = [f.load(vec(16, I32), f["a"], f["la"] * i) for i in range(16)]
-        for i, row in enumerate(transpose_pairs(f, rows)):
-            f.store(row, f["b"], f["lb"] * i)
-
 

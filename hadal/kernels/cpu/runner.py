@@ -1,0 +1,175 @@
+"""CpuRunner: the main layers and the head of a model as one list of jobs, run by one native call per step.
+
+A step holds at most `MAX_ROWS` packed rows; longer calls are cut into steps, which changes no bit.
+
+Legend: T packed rows, S sequences, V vocabulary, N streams, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hadal.config import ModelConfig
+from hadal.kernels.cpu.jobs import JobList, build_jobs
+from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
+from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_weights
+from hadal.kernels.cpu.target import Isa
+from hadal.kernels.cpu.team import team
+from hadal.kernels.cpu.weights import Lookup, plan_packing
+
+MAX_ROWS = 512
+_SCORE_BYTES = 1 << 26  # index scores held at once: behind long contexts a step takes fewer rows
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a sequence's new tokens that one step computes."""
+
+    state: CpuState
+    first: int  # index of its first token among all of the call
+    length: int
+    ends: bool  # whether the sequence's last new token is in it
+
+
+class CpuRunner:
+    """Runs one model on one instruction set; not thread-safe, like the engine above it.
+
+    `frequencies` are the rotary frequencies [R/2] of plain and of compressed layers. With an `identity` of the
+    checkpoint the packed weights are kept on disk.
+    """
+
+    def __init__(
+        self, config: ModelConfig, isa: Isa, lookup: Lookup, frequencies: Sequence[Tensor], identity: str | None
+    ) -> None:
+        self.config, self.isa = config, isa
+        self.shapes = Shapes.of(config)
+        self.places = place_layers(config, self.shapes)
+        plan = plan_packing(config, lookup)
+        packed, self._held = packed_weights(plan.items, identity)
+        self._team = team(isa)
+        self._jobs: JobList = build_jobs(config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, MAX_ROWS)
+        self._arrays = {name: np.zeros(MAX_ROWS, np.int64) for name in ("ids", "positions", "span_of", "wanted")}
+        self._spans = np.zeros((MAX_ROWS, len(SPAN)), np.int64)
+        self._step = np.zeros(len(STEP), np.int64)
+        for name, array in self._arrays.items():
+            self._set(name, address(array))
+        self._set("span_table", address(self._spans))
+        self._set("angles", self._jobs.space["angles"].address)
+        self._windows, self._entries, self._scores, self._threads = Scratch(), Scratch(), Scratch(), Scratch()
+
+    def new_state(self) -> CpuState:
+        """The state of a sequence before its first token."""
+        return CpuState(self.places, buffer(self.places.home_bytes))
+
+    def logits(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], last_only: bool) -> Tensor:
+        """FP32 logits after each sequence's last token [S, V], or after every token [T, V]; states advance."""
+        logits, _ = self._run(ids_T, lengths, states, "last" if last_only else "all", streams=False)
+        return logits
+
+    def streams(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState]) -> Tensor:
+        """The residual streams [T, N, d] after the last layer; states advance."""
+        _, streams = self._run(ids_T, lengths, states, "none", streams=True)
+        return streams
+
+    def _run(
+        self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], wanted: str, *, streams: bool
+    ) -> tuple[Tensor, Tensor]:
+        ids = ids_T.numpy()
+        width = self._jobs.logits_width
+        count = {"last": len(lengths), "all": len(ids), "none": 0}[wanted]
+        logits = torch.empty(count, width)
+        hidden = self.shapes.streams * self.shapes.hidden
+        taken = torch.empty(len(ids) if streams else 0, hidden)
+        filled = done = 0
+        for pieces in self._steps(lengths, states):
+            total = self._prepare(pieces, ids)
+            rows = self._wanted(pieces, wanted)
+            self._arrays["wanted"][: len(rows)] = rows
+            self._set("wanted_rows", len(rows))
+            self._jobs.head_group[3] = len(rows)
+            self._jobs.set("logits", address(logits) + filled * width * 4)
+            self._team.run(self._jobs.table, self._jobs.count if rows else self._jobs.before_head, self._step)
+            filled += len(rows)
+            if streams:
+                taken[done : done + total] = self._jobs.space["streams"].rows(total, hidden)
+            done += total
+            for piece in pieces:
+                piece.state.position += piece.length
+        return logits[:, : self.config.vocab_size], taken.view(-1, self.shapes.streams, self.shapes.hidden)
+
+    def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
+        room = MAX_ROWS
+        if any(layer.attention == "csa" for layer in self.config.layers):
+            longest = max(state.position + length for state, length in zip(states, lengths, strict=True))
+            room = max(1, min(room, _SCORE_BYTES // (4 * max(longest // 4, 1))))
+        steps: list[list[_Piece]] = [[]]
+        left, first = room, 0
+        for state, length in zip(states, lengths, strict=True):
+            begun = 0
+            while begun < length:
+                if not left:
+                    steps.append([])
+                    left = room
+                part = min(left, length - begun)
+                steps[-1].append(_Piece(state, first + begun, part, begun + part == length))
+                begun += part
+                left -= part
+            first += length
+        return steps
+
+    def _prepare(self, pieces: Sequence[_Piece], ids: np.ndarray) -> int:
+        """Fill the step's words and arrays; returns its rows."""
+        ends = [p.state.position + p.length for p in pieces]
+        window = [self._window_blocks(p.length) for p in pieces]
+        entries = [self._jobs.entry_bytes(end) for end in ends]
+        windows = self._windows.reserve(sum(window) * self.shapes.block_bytes)
+        unpacked = self._entries.reserve(sum(entries))
+        row = 0
+        for s, piece in enumerate(pieces):
+            start = piece.state.position
+            piece.state.extend(ends[s])
+            here = slice(row, row + piece.length)
+            self._arrays["ids"][here] = ids[piece.first : piece.first + piece.length]
+            self._arrays["positions"][here] = np.arange(start, ends[s]) if piece.length > 1 else start
+            self._arrays["span_of"][here] = s
+            self._spans[s] = (
+                start, piece.length, row, address(piece.state.home), address(piece.state.table),
+                windows if window[s] else 0, window[s], unpacked,
+            )  # fmt: skip
+            windows += window[s] * self.shapes.block_bytes
+            unpacked += entries[s]
+            row += piece.length
+        self._set("rows", row)
+        self._set("spans", len(pieces))
+        self._jobs.plain_group[3] = row
+        self._jobs.output_groups[3::3] = row
+        threads = torch.get_num_threads()
+        each = self._jobs.thread_bytes(max(ends))
+        self._jobs.set("scratch", self._threads.reserve(threads * each))
+        self._jobs.set("scratch_step", each)
+        self._jobs.set_scores(self._scores, row, max(ends))
+        return row
+
+    def _window_blocks(self, length: int) -> int:
+        """Key blocks for the window of a span too long for the ring."""
+        return 0 if length <= KEYS else (self.shapes.window + length) // KEYS + 2
+
+    def _wanted(self, pieces: Sequence[_Piece], wanted: str) -> list[int]:
+        if wanted == "all":
+            return list(range(sum(p.length for p in pieces)))
+        rows, row = [], 0
+        for piece in pieces:
+            row += piece.length
+            if wanted == "last" and piece.ends:
+                rows.append(row - 1)
+        return rows
+
+    def _set(self, name: str, value: int) -> None:
+        self._step[STEP.index(name)] = value
+
+

@@ -1,0 +1,124 @@
+"""Which matrices of a model are packed, and how: products that read the same rows become one matrix.
+
+Legend: d hidden, E experts, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hadal.config import LayerSpec, ModelConfig
+from hadal.kernels.cpu.matmul import BLOCK, PANEL, Format, panel_bytes
+from hadal.kernels.cpu.memory import Packing
+from hadal.kernels.cpu.pack import Weight, form_of, pack, pack_pair, packed_bytes
+
+Lookup = Callable[[str], Tensor | Weight | Sequence[Weight]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A packed matrix, or a stack of equal ones: form, output columns, input columns."""
+
+    name: str
+    form: Format
+    rows: int
+    columns: int
+    count: int = 1
+
+    @property
+    def panels(self) -> int:
+        """Panels of one matrix."""
+        return -(-self.rows // PANEL)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 32 k."""
+        return -(-self.columns // BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one matrix."""
+        return self.panels * panel_bytes(self.form, self.blocks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be packed: matrices by name, and what writes them."""
+
+    matrices: dict[str, Matrix]
+    items: list[Packing]
+
+
+def plan_packing(config: ModelConfig, lookup: Lookup) -> Plan:
+    """Every matrix of the main layers and the head."""
+    plan = Plan({}, [])
+    for i, layer in enumerate(config.layers):
+        for name, parts in _layer_matrices(config, layer, f"layers.{i}.", lookup):
+            _add(plan, name, parts)
+        _add_experts(plan, f"layers.{i}.ffn.experts", lookup)
+        _add_pair(plan, f"layers.{i}.ffn.shared", lookup)
+    _add(plan, "head", [lookup("head")])
+    return plan
+
+
+def _layer_matrices(
+    config: ModelConfig, layer: LayerSpec, at: str, lookup: Lookup
+) -> Iterator[tuple[str, list[object]]]:
+    for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
+        yield f"{at}attn.{name}", [lookup(f"{at}attn.{name}")]
+    yield f"{at}ffn.gate", [lookup(f"{at}ffn.gate.weight")]
+    if layer.ratio:
+        parts = [lookup(f"{at}attn.compressor.{name}") for name in ("wkv", "wgate")]
+        yield f"{at}attn.compressor", parts
+    if layer.attention == "csa":
+        inner = f"{at}attn.indexer."
+        yield f"{at}attn.indexer.wq_b", [lookup(f"{inner}wq_b")]
+        yield f"{at}attn.indexer.compressor", [lookup(f"{inner}compressor.{name}") for name in ("wkv", "wgate")]
+        yield f"{at}attn.indexer.weights_proj", [lookup(f"{inner}weights_proj")]
+
+
+def _add(plan: Plan, name: str, parts: Sequence[object]) -> None:
+    first = parts[0]
+    assert not isinstance(first, list)
+    form = form_of(first)  # type: ignore[arg-type]
+    rows, columns = sum(p.shape[0] for p in parts), first.shape[1]  # type: ignore[attr-defined]
+
+    def write(out: Tensor) -> None:
+        whole = first if len(parts) == 1 else torch.cat([p.to(torch.bfloat16) for p in parts])  # type: ignore[attr-defined]
+        pack(whole, out)  # type: ignore[arg-type]
+
+    plan.matrices[name] = Matrix(name, form, rows, columns)
+    plan.items.append(Packing(name, packed_bytes(form, rows, columns), write))
+
+
+def _add_pair(plan: Plan, name: str, lookup: Lookup) -> None:
+    w1, w2, w3 = (lookup(f"{name}.{w}") for w in ("w1", "w2", "w3"))
+    form, (width, hidden) = form_of(w1), w1.shape  # type: ignore[arg-type, union-attr]
+    into = Matrix(f"{name}.in", form, 2 * width, hidden)
+    plan.matrices[into.name] = into
+    plan.items.append(Packing(into.name, into.nbytes, lambda out: pack_pair(w1, w3, out)))  # type: ignore[arg-type]
+    _add(plan, f"{name}.w2", [w2])
+
+
+def _add_experts(plan: Plan, name: str, lookup: Lookup) -> None:
+    stacks = [lookup(f"{name}.{w}") for w in ("w1", "w2", "w3")]
+    w1, w2, w3 = stacks
+    form, (width, hidden), count = form_of(w1[0]), w1[0].shape, len(w1)  # type: ignore[arg-type, index, union-attr]
+    into = Matrix(f"{name}.in", form, 2 * width, hidden, count)
+    back = Matrix(f"{name}.w2", form, hidden, width, count)
+
+    def write_in(out: Tensor) -> None:
+        for e, part in enumerate(out.view(count, into.nbytes)):
+            pack_pair(w1[e], w3[e], part)  # type: ignore[arg-type, index]
+
+    def write_back(out: Tensor) -> None:
+        for e, part in enumerate(out.view(count, back.nbytes)):
+            pack(w2[e], part)  # type: ignore[arg-type, index]
+
+    for matrix, write in ((into, write_in), (back, write_back)):
+        plan.matrices[matrix.name] = matrix
+        plan.items.append(Packing(matrix.name, count * matrix.nbytes, write))
