@@ -271,29 +271,29 @@ def verify(
 def bench(
     model: Annotated[str, typer.Argument(help="A directory, a Hub repo id or `nano`.")] = "nano",
     phase: Annotated[
-        list[str] | None, typer.Option(help="prefill, decode, batch (8 at once) or train; several.")
+        list[str] | None, typer.Option(help="prefill, decode, batch (8 at once), long or train; several.")
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt or context length; several.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     threads: Threads = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the figures into this SVG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure prefill, decode and training, each also as a fraction of this machine's own limit."""
     import torch
 
-    from hadal.bench import run
+    from hadal.bench import COLUMNS, run, write_chart
     from hadal.checkpoint import load_model
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load_model(model, device="cpu", dtype=dtype, fake_quant=False, weights="dense")
-    phases, lengths = phase or ["prefill", "decode", "batch", "train"], tokens or [512]
-    figures = run(loaded, phases, lengths, lambda stage: print(stage, file=sys.stderr, flush=True))
+    torch.set_num_threads(threads or torch.get_num_threads())
+    load = functools.partial(load_model, model, device="cpu", dtype=dtype, fake_quant=False)
+    figures = run(load, phase, tokens, lambda stage: print(stage, file=sys.stderr, flush=True))
+    count = torch.get_num_threads()
+    if plot:
+        write_chart(plot, f"{model}, {count} threads", figures)
     if as_json:
-        rows = [{**vars(f), "fraction": f.fraction} for f in figures]
-        return _print_json({"model": model, "threads": torch.get_num_threads(), "figures": rows})
-    title = f"{model}, {torch.get_num_threads()} threads"
-    _print_table(title, ["phase", "tokens", "tokens/s", "limit", "reached"], [f.row() for f in figures])
+        return _print_json({"model": model, "threads": count, "figures": [f.to_dict() for f in figures]})
+    _print_table(f"{model}, {count} threads", COLUMNS, [f.row() for f in figures])
 
 
 @app.command()

@@ -1,36 +1,51 @@
-"""What this machine can do at most: memory read rate and matrix product rate, measured beside what is to be judged."""
+"""What this machine can do at most: memory reads and matrix products, timed beside what is to be judged."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-READ_BYTES = 1 << 28
+LARGEST_READ = 1 << 30
+READ_SPAN = 1 << 27  # bytes of one timing; less than that would time the clock
 GEMM_SIDE = 1024
-REPEATS = 3
+GEMM_TIMES = 8
+WARM_SECONDS = 0.2  # matrix units take a while to reach their pace
 
 
-def seconds_of(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median wall seconds of `repeats` runs after a warm one."""
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall seconds of one run."""
+    began = time.perf_counter()
     work()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return time.perf_counter() - began
 
 
-def read_rate() -> float:
-    """Bytes per second at which memory beyond the caches is read (a sum over 256 MiB)."""
-    block = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / seconds_of(lambda: block.sum())
+def reader(nbytes: float) -> Callable[[], float]:
+    """A timer of reads: seconds for `nbytes` bytes, which are read again and again as the weights of a model are.
+
+    Above 1 GiB it reads that much and scales the time. It takes the faster of a sum and a product with itself.
+    """
+    held = min(int(nbytes), LARGEST_READ)
+    block = torch.ones(max(held // 4, 1))
+    times = max(1, READ_SPAN // held)
+    kinds: list[Callable[[], object]] = [block.sum, lambda: torch.dot(block, block)]
+    for kind in kinds:
+        kind()
+    taken = [seconds_of(kind) for kind in kinds]
+    read = kinds[taken.index(min(taken))]
+    return lambda: seconds_of(lambda: [read() for _ in range(times)]) / times * (nbytes / held)
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square product of 1,024 in `dtype`."""
-    a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype) for _ in range(2))
-    return 2 * GEMM_SIDE**3 / seconds_of(lambda: a @ b)
+def multiplier() -> Callable[[], float]:
+    """A timer of products: floating-point operations per second of BF16 squares of 1,024."""
+    a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).bfloat16() for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(GEMM_TIMES):
+            torch.mm(a, b)
+
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_SECONDS:
+        multiply()
+    return lambda: 2 * GEMM_SIDE**3 * GEMM_TIMES / seconds_of(multiply)
