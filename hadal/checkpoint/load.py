@@ -20,7 +20,9 @@ from hadal.checkpoint.names import TensorSpec
 from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.source import Checkpoint, open_checkpoint
 from hadal.kernels import KernelTable
+from hadal.kernels.cpu import unsupported
 from hadal.model import Model, Numerics
+from hadal.model.runner import build_runner
 from hadal.quant import PackedWeight
 
 EMBEDDED = "nano"
@@ -29,6 +31,7 @@ HUB_PATTERNS = [
     "config.json", "inference/config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py",
 ]  # fmt: skip
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Unquantised parameters used in the carrier's type; all others (norms, gate, mHC, compressor, head) compute in FP32.
 _CARRIED = ("embed", "weights_proj", "markov_w1", "markov_w2", "confidence")
@@ -64,8 +67,11 @@ def load_model(
 
     `dtype` "auto" is the device's fast carrier (float32 on a CPU, bfloat16 elsewhere); `fake_quant` "auto" is True for
     bfloat16. float32 + False computes the exact architecture, float32 + True adds the official quantisers, bfloat16 +
-    True rounds exactly where the official code does. `weights` "packed" keeps FP4/FP8 as they lie in the file, "dense"
-    expands them to `dtype`; "auto" expands when that takes less than half of the device's free memory.
+    True rounds exactly where the official code does. On a CPU "auto" for both means `fast`: the emitted kernels run
+    the model where they can (`hadal.kernels.cpu.unsupported` says why not), with BF16 products and an int8 indexer;
+    `backend` "reference" or "fused" asks for plain torch, "cpu" for these kernels or an error. `weights` "packed"
+    keeps FP4/FP8 as they lie in the file, "dense" expands them to `dtype`, which training needs; "auto" expands when
+    that takes less than half of the device's free memory.
     Raises CheckpointError, ConfigError or DeviceError, one sentence each.
     """
     target = devices.resolve(device)
@@ -75,6 +81,10 @@ def load_model(
     if weights not in ("auto", "packed", "dense"):
         raise CheckpointError(f"weights is {weights!r}; choose 'auto', 'packed' or 'dense'")
     checkpoint = open_checkpoint(locate_model(path_or_repo_or_name))
+    fast = dtype == "auto" and fake_quant != True and weights != "dense" and target.type == "cpu"  # noqa: E712
+    kernels = fast and backend in ("auto", "cpu") and _emitted_kernels(checkpoint, required=backend == "cpu")
+    if backend == "cpu" and not kernels:
+        raise CheckpointError("backend 'cpu' computes fast mode alone: device 'cpu', dtype 'auto', weights not 'dense'")
     numerics = Numerics(
         dtype=carrier,
         fake_quant=carrier == torch.bfloat16 if fake_quant == "auto" else fake_quant,
@@ -85,13 +95,29 @@ def load_model(
         dense = _dense_bytes(checkpoint, carrier) < devices.memory_available(target) / 2
         weights = "dense" if dense else "packed"
     with torch.device("meta"):
-        model = Model(checkpoint.config, numerics, backend)
+        model = Model(checkpoint.config, numerics, "auto" if kernels else backend)
     for parameter, specs in checkpoint.by_parameter():
-        place_parameter(model, parameter, _value(checkpoint, specs, carrier, target, packed=weights == "packed"))
+        stored = kernels and not parameter.startswith("draft")
+        packed = stored or weights == "packed"
+        value = _value(checkpoint, specs, None if stored else carrier, target, packed=packed)
+        place_parameter(model, parameter, value)
     unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not unfilled, f"parameters without a tensor: {unfilled[:3]}"
     _sources[model] = checkpoint
+    if kernels:
+        model.runner = build_runner(model, checkpoint.identity())
     return model
+
+
+def _emitted_kernels(checkpoint: Checkpoint, *, required: bool) -> bool:
+    """Whether the emitted CPU kernels can run a checkpoint; CheckpointError when they must and cannot."""
+    reason = unsupported(checkpoint.config)
+    wide = next((s.name for s in checkpoint.table if checkpoint.entries[s.name].dtype == "F32" != s.dtype), None)
+    if reason is None and wide is not None:
+        reason = f"{wide} is stored in FP32, and their products take BF16"
+    if reason is not None and required:
+        raise CheckpointError(f"the emitted CPU kernels cannot run this model: {reason}; use backend 'reference'")
+    return reason is None
 
 
 def source_of(model: Model) -> Checkpoint | None:
@@ -125,13 +151,14 @@ def carried_dtype(spec: TensorSpec, carrier: torch.dtype) -> torch.dtype:
 
 
 def _value(
-    checkpoint: Checkpoint, specs: list[TensorSpec], carrier: torch.dtype, device: torch.device, *, packed: bool
+    checkpoint: Checkpoint, specs: list[TensorSpec], carrier: torch.dtype | None, device: torch.device, *, packed: bool
 ) -> Tensor | PackedWeight | list[PackedWeight]:
-    dtype = carried_dtype(specs[0], carrier)
+    """What fills a parameter; without a `carrier` unpacked weights stay in the type they are stored in."""
     stored = (checkpoint.weight(spec) for spec in specs)
     if packed and specs[0].dtype in ("I8", "F8_E4M3"):
         kept = [weight.to(device) for weight in stored if isinstance(weight, PackedWeight)]
         return kept[0] if specs[0].expert is None else kept
+    dtype = _STORED[specs[0].dtype] if carrier is None else carried_dtype(specs[0], carrier)
     if specs[0].expert is None:
         return _expand(next(stored), dtype).to(device)
     stack = torch.empty(len(specs), *specs[0].matrix_shape, dtype=dtype, device=device)

@@ -131,10 +131,13 @@ class Attention(nn.Module):
         groups, rank = self._config.o_groups, self._config.o_lora_rank
         o = self._ops.rotate(o_THD, *rope_TR, inverse=True).reshape(o_THD.shape[0], groups, -1)
         wo_a = self.wo_a if isinstance(self.wo_a, Tensor) else self.wo_a.dense(o.dtype)
-        matmul = self._num.matmul or o.dtype
+        weight = wo_a.view(groups, rank, -1)
         # One product per group; the official code does not quantise this input.
-        u = torch.bmm(o.transpose(0, 1).to(matmul), wo_a.view(groups, rank, -1).transpose(1, 2).to(matmul))
-        u = u.transpose(0, 1).flatten(1).to(o.dtype)
+        if self._num.matmul is not None:  # apart, because one strided product of all would copy o in a slow way
+            sides = zip(o.to(self._num.matmul).unbind(1), weight.to(self._num.matmul).unbind(0), strict=True)
+            u = torch.cat([part @ w.T for part, w in sides], dim=1).to(o.dtype)
+        else:
+            u = torch.bmm(o.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).flatten(1)
         out: Tensor = self._ops.linear(u, self.wo_b, self._num, quantise_input=self._num.dense_inputs)
         return out
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from hadal.model.mhc import StreamCollapse
 from hadal.model.moe import Routing
 from hadal.model.spans import Batch
 from hadal.model.state import SequenceState, fresh_state
+
+if TYPE_CHECKING:
+    from hadal.kernels.cpu.runner import CpuRunner
 
 
 class InputError(ValueError):
@@ -74,6 +77,7 @@ class Model(nn.Module):
         self.config = config
         self.numerics = num = numerics or Numerics()
         self.ops = ops = kernel_table(backend)
+        self.runner: CpuRunner | None = None  # computes main layers and head in place of the modules
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, num, ops) for layer in config.layers)
         self.hc_head = StreamCollapse(config, ops)
@@ -111,7 +115,12 @@ class Model(nn.Module):
 
     def new_state(self) -> SequenceState:
         """The state of a sequence before its first token."""
-        return fresh_state(self.config, self.numerics.dtype, self.device)
+        fresh = fresh_state(self.config, self.numerics.dtype, self.device)
+        if self.runner is None:
+            return fresh
+        state: Any = self.runner.new_state()
+        state.draft = fresh.draft
+        return cast(SequenceState, state)
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor | Sequence[int], state: SequenceState | None = None) -> Tensor:
@@ -131,6 +140,10 @@ class Model(nn.Module):
 
         Returns FP32 logits [S, V] after each sequence's last token, or [T, V] after every token.
         """
+        if self.runner is not None:
+            ids = self._ids(token_ids_T)
+            _check_lengths(ids, lengths, states)
+            return self.runner.logits(ids, lengths, cast(Any, states), last_only)
         x, _ = self.streams(token_ids_T, lengths, states)
         if last_only:
             x = x[torch.tensor(lengths).cumsum(0).to(x.device) - 1]
@@ -142,8 +155,9 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As `logits_ragged`, but returns the streams [T, N, d] before the head and any DSpark taps [T, taps*d]."""
         ids = self._ids(token_ids_T)
-        if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
-            raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
+        _check_lengths(ids, lengths, states)
+        if self.runner is not None:
+            return self.runner.streams(ids, lengths, cast(Any, states), self.config.dspark_target_layer_ids)
         batch = Batch.from_states(lengths, states, self.device)
         x, _, taps = self._run(ids, batch, list(states), None)
         for state, length in zip(states, lengths, strict=True):
@@ -268,6 +282,11 @@ class Model(nn.Module):
                 f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}"
             )
         return ids
+
+
+def _check_lengths(ids: Tensor, lengths: Sequence[int], states: Sequence[object]) -> None:
+    if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
+        raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
 
 
 def _indexer_result(loss: IndexerLoss | None) -> tuple[Tensor | None, float | None]:

@@ -60,6 +60,7 @@ class JobList:
         self.head_group = np.array([1, 0, 0, 0], np.int64)
         groups = [word for g in range(config.o_groups) for word in (g, 0, 0)]
         self.output_groups = np.array([config.o_groups, *groups], np.int64)
+        self.after_layer: list[int] = []  # jobs after which the streams are a layer's output
         self.before_head = 0
         self.logits_width = 0
         self._expander_bytes = 0
@@ -252,14 +253,14 @@ class _Builder:
         self.jobs._held.append(words)
         plain, scaled = self.frequencies
         self.jobs.add("angles", barrier=False, plain=plain, scaled=scaled)
-        self.jobs.add(
-            "embed", table=words.data_ptr(), streams=self.streams.address, stream_stride=self.streams.stride
-        )
+        self.jobs.add("embed", table=words.data_ptr(), streams=self.streams.address, stream_stride=self.streams.stride)
 
     def layer(self, i: int, layer: LayerSpec, place: LayerPlace) -> None:
         """One layer."""
         at = f"layers.{i}."
         self.site("site_attention" if i else "site_first", f"{at}attn_norm", f"{at}hc_attn")
+        if i:
+            self.jobs.after_layer.append(self.jobs.count)
         self._projections(at, layer, place)
         self._compress(at, layer, place)
         self._attend(at, layer, place)
@@ -292,9 +293,7 @@ class _Builder:
         if layer.ratio:
             parts.append(("compress_entries", "compressor", self.shapes.dim, place.tail, place.entries))
         if layer.attention == "csa":
-            parts.append(
-                ("compress_keys", "indexer.compressor", self.shapes.index_dim, place.index_tail, place.keys)
-            )
+            parts.append(("compress_keys", "indexer.compressor", self.shapes.index_dim, place.index_tail, place.keys))
         for kernel, name, dim, tail, target in parts:
             slots, _ = tail_shape(layer, dim)
             jobs.add(
@@ -399,6 +398,7 @@ class _Builder:
         jobs = self.jobs
         self.site("site_last", None, None)
         jobs.before_head = jobs.count
+        jobs.after_layer.append(jobs.count)
         final = jobs.rows("final", self.shapes.hidden * 2)
         jobs.add(
             "collapse", streams=self.streams.address, stream_stride=self.streams.stride, norm=self.constant("norm"),

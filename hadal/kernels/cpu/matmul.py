@@ -143,7 +143,9 @@ class _Expander:
             factor = (f.load(I8, self.panel, (i >> 2) * 2 + part // 8).zext(I32) << 23).bits(F32).spread(16)
             for half in range(2):
                 for side in range(2):  # words 8l + i of lanes l = 2 side, 2 side + 1
-                    codes = [f.load(vec(8, I8), place, 64 * part + 16 * (2 * side + lane) + 8 * half) for lane in (0, 1)]
+                    codes = [
+                        f.load(vec(8, I8), place, 64 * part + 16 * (2 * side + lane) + 8 * half) for lane in (0, 1)
+                    ]
                     code = codes[0].pick(range(16), codes[1]).zext(wide)
                     bits = ((code & 0x7F) << 20).bits(_VECTOR) * 2.0**120 * factor
                     value = bits.bits(wide) | ((code & 0x80) << 24)
@@ -254,5 +256,3 @@ def _finish(
             up = right.min(limit.spread(16)).max((-limit).spread(16))
             weight = f.load(F32, k.ptr("mixing"), (first + r) * 4).spread(16)
             f.store(round_bf16(f, silu(f, gate) * up * weight), here)
-
-

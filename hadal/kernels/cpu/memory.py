@@ -16,6 +16,7 @@ from hadal.kernels.cpu.layout import PAGE_TOKENS, Places
 from hadal.kernels.cpu.target import cache_folder
 
 _PADDING = 4096  # kernels may read a little past the end of a buffer
+_KEEP_FROM = 1 << 25  # bytes; packing less takes a fraction of a second
 PACK_VERSION = 1  # of the packed layout; a change makes old cache files unfit
 
 
@@ -105,7 +106,8 @@ def packed_weights(items: Sequence[Packing], identity: str | None) -> tuple[dict
     """Addresses of all packed weights and what keeps them alive.
 
     With an `identity` (of the checkpoint's files) they are written once to a file in the cache folder, under that
-    identity and the layout, and mapped from there; where the file cannot be written they are packed in memory.
+    identity and the layout, and mapped from there. Small models, and those whose file cannot be written, are packed in
+    memory.
     """
     offsets, total = {}, 0
     for item in items:
@@ -113,7 +115,7 @@ def packed_weights(items: Sequence[Packing], identity: str | None) -> tuple[dict
         total += -(-item.nbytes // 64) * 64
     described = "".join(f"{i.name}:{i.nbytes};" for i in items)
     held: Any = None
-    if identity is not None:
+    if identity is not None and total >= _KEEP_FROM:
         key = hashlib.sha256(f"{PACK_VERSION};{identity};{described}".encode()).hexdigest()[:32]
         held = _mapped(cache_folder() / "weights" / f"{key}.bin", items, offsets, total)
     if held is None:

@@ -100,8 +100,8 @@ def emit_group(module: KernelModule, shapes: Shapes) -> None:
                 f.store(first.get(), counts, e * WORD)
                 with f.when(count > 0):
                     group = f.at(groups, found.get() * (3 * WORD) + WORD)
-                    for i, word in enumerate((e, first.get(), count)):
-                        f.store(word, group, WORD * i)
+                    for j, word in enumerate((e, first.get(), count)):
+                        f.store(word, group, WORD * j)
                     found.set(found.get() + 1)
                     first.set(first.get() + ((count + (SLOT_STEP - 1)) & -SLOT_STEP))
             f.store(found.get(), groups)

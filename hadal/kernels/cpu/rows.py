@@ -6,6 +6,7 @@ Legend: N residual streams, d hidden, H heads, D head dim, R rotary dims. Source
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from hadal.kernels.cpu.attention import store_key
 from hadal.kernels.cpu.ir import F32, I16, I32, I64, Function, Value, vec
@@ -262,6 +263,10 @@ def rotated(f: Function, value: Value, angles: Value, rotary: int, chunk: int) -
     return f.fma(value.pick([i ^ 1 for i in range(16)]), signed, value * cosine)
 
 
+def _turn_half(f: Function, angles: Value, rotary: int, first: int, value: Value, half: int) -> Value:
+    return rotated(f, value, angles, rotary, first + half)
+
+
 def angles_of(k: Kernel, shapes: Shapes, row: Value) -> Value:
     """Where the row's cos and sin lie in this layer's regime."""
     return k.f.at(k.step_ptr("angles"), (row * 2 + k.arg("regime")) * (shapes.rotary * 4))
@@ -371,5 +376,4 @@ def emit_heads(module: KernelModule, shapes: Shapes) -> None:
                 turn(chunk, lambda value, _: value)
             angles = angles_of(k, shapes, row)
             for c in range(shapes.rotary // 32):
-                turn(plain + c, lambda value, half, c=c: rotated(f, value, angles, shapes.rotary, 2 * c + half))
-
+                turn(plain + c, partial(_turn_half, f, angles, shapes.rotary, 2 * c))

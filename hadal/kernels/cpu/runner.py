@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ class CpuRunner:
         plan = plan_packing(config, lookup)
         packed, self._held = packed_weights(plan.items, identity)
         self._team = team(isa)
-        self._jobs: JobList = build_jobs(config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, MAX_ROWS)
+        self._jobs: JobList = build_jobs(
+            config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, MAX_ROWS
+        )
         self._arrays = {name: np.zeros(MAX_ROWS, np.int64) for name in ("ids", "positions", "span_of", "wanted")}
         self._spans = np.zeros((MAX_ROWS, len(SPAN)), np.int64)
         self._step = np.zeros(len(STEP), np.int64)
@@ -68,39 +71,43 @@ class CpuRunner:
 
     def logits(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], last_only: bool) -> Tensor:
         """FP32 logits after each sequence's last token [S, V], or after every token [T, V]; states advance."""
-        logits, _ = self._run(ids_T, lengths, states, "last" if last_only else "all", streams=False)
-        return logits
-
-    def streams(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState]) -> Tensor:
-        """The residual streams [T, N, d] after the last layer; states advance."""
-        _, streams = self._run(ids_T, lengths, states, "none", streams=True)
-        return streams
-
-    def _run(
-        self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], wanted: str, *, streams: bool
-    ) -> tuple[Tensor, Tensor]:
-        ids = ids_T.numpy()
         width = self._jobs.logits_width
-        count = {"last": len(lengths), "all": len(ids), "none": 0}[wanted]
-        logits = torch.empty(count, width)
-        hidden = self.shapes.streams * self.shapes.hidden
-        taken = torch.empty(len(ids) if streams else 0, hidden)
-        filled = done = 0
+        logits = torch.empty(len(lengths) if last_only else len(ids_T), width)
+        filled = 0
         for pieces in self._steps(lengths, states):
-            total = self._prepare(pieces, ids)
-            rows = self._wanted(pieces, wanted)
+            self._prepare(pieces, ids_T.numpy())
+            rows = _wanted_rows(pieces, last_only)
             self._arrays["wanted"][: len(rows)] = rows
             self._set("wanted_rows", len(rows))
             self._jobs.head_group[3] = len(rows)
             self._jobs.set("logits", address(logits) + filled * width * 4)
             self._team.run(self._jobs.table, self._jobs.count if rows else self._jobs.before_head, self._step)
+            _advance(pieces)
             filled += len(rows)
-            if streams:
-                taken[done : done + total] = self._jobs.space["streams"].rows(total, hidden)
-            done += total
-            for piece in pieces:
-                piece.state.position += piece.length
-        return logits[:, : self.config.vocab_size], taken.view(-1, self.shapes.streams, self.shapes.hidden)
+        return logits[:, : self.config.vocab_size]
+
+    def streams(
+        self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual streams [T, N, d] after the last layer, and their means after the layers `taps` [T, taps*d]."""
+        n, d = self.shapes.streams, self.shapes.hidden
+        out, means = torch.empty(len(ids_T), n, d), torch.empty(len(ids_T), len(taps), d)
+        done = 0
+        for pieces in self._steps(lengths, states):
+            rows = self._prepare(pieces, ids_T.numpy())
+            begun = 0
+            for i, layer in enumerate((*taps, len(self.config.layers) - 1)):
+                stop = self._jobs.after_layer[layer]
+                self._team.run(self._jobs.table[begun:stop], stop - begun, self._step)
+                begun = stop
+                here = self._jobs.space["streams"].rows(rows, n * d).view(rows, n, d)
+                if i < len(taps):
+                    means[done : done + rows, i] = here.mean(1)
+                else:
+                    out[done : done + rows] = here
+            _advance(pieces)
+            done += rows
+        return out, means.flatten(1) if taps else None
 
     def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
         room = MAX_ROWS
@@ -159,17 +166,16 @@ class CpuRunner:
         """Key blocks for the window of a span too long for the ring."""
         return 0 if length <= KEYS else (self.shapes.window + length) // KEYS + 2
 
-    def _wanted(self, pieces: Sequence[_Piece], wanted: str) -> list[int]:
-        if wanted == "all":
-            return list(range(sum(p.length for p in pieces)))
-        rows, row = [], 0
-        for piece in pieces:
-            row += piece.length
-            if wanted == "last" and piece.ends:
-                rows.append(row - 1)
-        return rows
-
     def _set(self, name: str, value: int) -> None:
         self._step[STEP.index(name)] = value
 
 
+def _advance(pieces: Sequence[_Piece]) -> None:
+    for piece in pieces:
+        piece.state.position += piece.length
+
+
+def _wanted_rows(pieces: Sequence[_Piece], last_only: bool) -> list[int]:
+    """Rows of a step whose logits are asked for."""
+    ends = list(accumulate(p.length for p in pieces))
+    return [end - 1 for end, p in zip(ends, pieces, strict=True) if p.ends] if last_only else list(range(ends[-1]))

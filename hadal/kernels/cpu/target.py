@@ -93,7 +93,7 @@ def _allow_amx() -> bool:
     """Ask the kernel for the tile registers; it must be done once per process."""
     if platform.system() != "Linux":
         return False
-    return ctypes.CDLL(None).syscall(*_AMX_PERMISSION) == 0
+    return bool(ctypes.CDLL(None).syscall(*_AMX_PERMISSION) == 0)
 
 
 @cache

@@ -130,4 +130,3 @@ def transpose_pairs(_: Function, rows: list[Value]) -> list[Value]:
         rows = turned
         step *= 2
     return rows
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from hadal.kernels.cpu.matmul import BLOCK, PANEL, Format, panel_bytes
 from hadal.kernels.cpu.memory import Packing
 from hadal.kernels.cpu.pack import Weight, form_of, pack, pack_pair, packed_bytes
 
-Lookup = Callable[[str], Tensor | Weight | Sequence[Weight]]
+Lookup = Callable[[str], Any]  # a Tensor, a PackedWeight, or a list of them for experts
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def plan_packing(config: ModelConfig, lookup: Lookup) -> Plan:
 
 def _layer_matrices(
     config: ModelConfig, layer: LayerSpec, at: str, lookup: Lookup
-) -> Iterator[tuple[str, list[object]]]:
+) -> Iterator[tuple[str, list[Weight]]]:
     for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
         yield f"{at}attn.{name}", [lookup(f"{at}attn.{name}")]
     yield f"{at}ffn.gate", [lookup(f"{at}ffn.gate.weight")]
@@ -81,15 +82,13 @@ def _layer_matrices(
         yield f"{at}attn.indexer.weights_proj", [lookup(f"{inner}weights_proj")]
 
 
-def _add(plan: Plan, name: str, parts: Sequence[object]) -> None:
-    first = parts[0]
-    assert not isinstance(first, list)
-    form = form_of(first)  # type: ignore[arg-type]
-    rows, columns = sum(p.shape[0] for p in parts), first.shape[1]  # type: ignore[attr-defined]
+def _add(plan: Plan, name: str, parts: Sequence[Weight]) -> None:
+    form = form_of(parts[0])
+    rows, columns = sum(p.shape[0] for p in parts), parts[0].shape[1]
 
     def write(out: Tensor) -> None:
-        whole = first if len(parts) == 1 else torch.cat([p.to(torch.bfloat16) for p in parts])  # type: ignore[attr-defined]
-        pack(whole, out)  # type: ignore[arg-type]
+        dense = [p.to(torch.bfloat16) for p in parts if isinstance(p, Tensor)]
+        pack(torch.cat(dense) if len(parts) > 1 else parts[0], out)
 
     plan.matrices[name] = Matrix(name, form, rows, columns)
     plan.items.append(Packing(name, packed_bytes(form, rows, columns), write))
@@ -97,27 +96,27 @@ def _add(plan: Plan, name: str, parts: Sequence[object]) -> None:
 
 def _add_pair(plan: Plan, name: str, lookup: Lookup) -> None:
     w1, w2, w3 = (lookup(f"{name}.{w}") for w in ("w1", "w2", "w3"))
-    form, (width, hidden) = form_of(w1), w1.shape  # type: ignore[arg-type, union-attr]
+    form, (width, hidden) = form_of(w1), w1.shape
     into = Matrix(f"{name}.in", form, 2 * width, hidden)
     plan.matrices[into.name] = into
-    plan.items.append(Packing(into.name, into.nbytes, lambda out: pack_pair(w1, w3, out)))  # type: ignore[arg-type]
+    plan.items.append(Packing(into.name, into.nbytes, lambda out: pack_pair(w1, w3, out)))
     _add(plan, f"{name}.w2", [w2])
 
 
 def _add_experts(plan: Plan, name: str, lookup: Lookup) -> None:
     stacks = [lookup(f"{name}.{w}") for w in ("w1", "w2", "w3")]
     w1, w2, w3 = stacks
-    form, (width, hidden), count = form_of(w1[0]), w1[0].shape, len(w1)  # type: ignore[arg-type, index, union-attr]
+    form, (width, hidden), count = form_of(w1[0]), w1[0].shape, len(w1)
     into = Matrix(f"{name}.in", form, 2 * width, hidden, count)
     back = Matrix(f"{name}.w2", form, hidden, width, count)
 
     def write_in(out: Tensor) -> None:
         for e, part in enumerate(out.view(count, into.nbytes)):
-            pack_pair(w1[e], w3[e], part)  # type: ignore[arg-type, index]
+            pack_pair(w1[e], w3[e], part)
 
     def write_back(out: Tensor) -> None:
         for e, part in enumerate(out.view(count, back.nbytes)):
-            pack(w2[e], part)  # type: ignore[arg-type, index]
+            pack(w2[e], part)
 
     for matrix, write in ((into, write_in), (back, write_back)):
         plan.matrices[matrix.name] = matrix
