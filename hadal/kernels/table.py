@@ -63,9 +63,9 @@ def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
 @cache
 def _fused() -> KernelTable:
     """The reference with some operators replaced by twins that bring their own gradient."""
-    from hadal.kernels.fused import attention, dense, moe
+    from hadal.kernels.fused import attention, dense, mhc, moe
 
-    modules = (attention, dense, moe)
+    modules = (attention, dense, mhc, moe)
     twins = {f.name: getattr(m, f.name) for f in fields(KernelTable) for m in modules if hasattr(m, f.name)}
     return replace(_reference(), name="fused", **twins)
 

@@ -21,8 +21,8 @@ from hadal.kernels.numerics import Numerics
 from hadal.kernels.reference import attention as reference
 from hadal.kernels.reference.compress import select_topk
 
-CHUNK = 64  # queries per chunk; fewer waste less of a window's band, more fill the matrix units
-CHUNK_LOGITS = 1 << 23  # upper bound of logits held at once
+CHUNK = 128  # queries per chunk; fewer waste less of a window's band, more fill the matrix units
+CHUNK_LOGITS = 1 << 18  # logits of a chunk, so that they stay in cache between two products
 
 
 def attend(q_THD: Tensor, keys: Attended, sink_H: Tensor, num: Numerics, loss: IndexerLoss | None = None) -> Tensor:
@@ -56,6 +56,11 @@ class _Chunk:
         entry = torch.arange(self.visible, device=device)
         self.complete = (self.position + 1) // keys.ratio > entry if self.visible else None
 
+    def rows(self, window_KD: Tensor, entries_CD: Tensor | None) -> Tensor:
+        """[n, D], keys and values."""
+        band = window_KD[self.low : self.high]
+        return band if entries_CD is None else torch.cat((band, entries_CD[: self.visible]))
+
     def hidden(self, chosen_tC: Tensor | None) -> Tensor:
         """[t, n], where a query may not look."""
         chosen = self.complete if chosen_tC is None else chosen_tC
@@ -72,8 +77,10 @@ def _probabilities(q_MD: Tensor, kv_nD: Tensor, hidden_tn: Tensor, sink_H: Tenso
     """Softmax over [keys | sink], [t, H, n + 1]; M = t * H rows."""
     t, n = hidden_tn.shape
     logits = sink_H.new_empty(t, len(sink_H), n + 1)
-    logits[..., :n] = (q_MD @ kv_nD.T).view(t, -1, n)
-    logits[..., :n].masked_fill_(hidden_tn.unsqueeze(1), float("-inf"))
+    # Added, not filled: a mask that is broadcast over heads takes ten times as long.
+    barred = torch.zeros(t, 1, n, dtype=logits.dtype, device=logits.device)
+    barred.masked_fill_(hidden_tn.unsqueeze(1), float("-inf"))
+    torch.add((q_MD @ kv_nD.T).view(t, -1, n), barred, out=logits[..., :n])
     logits[..., n] = sink_H
     return torch.softmax(logits, dim=-1)
 
@@ -91,7 +98,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
         total, heads, dim = q_THD.shape
         product, sums = matmul or q_THD.dtype, wide(q_THD.dtype)
-        scaled = (q_THD * dim**-0.5).to(product)
+        scaled = torch.empty(q_THD.shape, dtype=product, device=q_THD.device)
         window = window_KD.to(product)
         entries = None if entries_CD is None else entries_CD.to(product)
         sink = sink_H.to(sums)
@@ -99,7 +106,7 @@ class _Attention(torch.autograd.Function):
         selections: list[Tensor | None] = []
         objective = None if index_q is None else _Objective(keys.index, sums)
         for c in _chunks(keys, total, heads, q_THD.device):
-            scores = chosen = None
+            dots = scores = chosen = None
             if keys.index is not None and c.complete is not None:
                 topk = keys.index.topk
                 if objective is not None or c.visible > topk:
@@ -108,10 +115,11 @@ class _Attention(torch.autograd.Function):
                     scores.masked_fill_(~c.complete, float("-inf"))
                     chosen = select_topk(scores, topk) if c.visible > topk else None
             selections.append(chosen)
-            kv = window[c.low : c.high] if entries is None else torch.cat((window[c.low : c.high], entries[: c.visible]))
-            p = _probabilities(scaled[c.a : c.b].view(-1, dim), kv, c.hidden(chosen), sink)[..., :-1]
+            kv = c.rows(window, entries)
+            q = scaled[c.a : c.b].copy_(q_THD[c.a : c.b] * dim**-0.5).view(-1, dim)
+            p = _probabilities(q, kv, c.hidden(chosen), sink)[..., :-1]
             out[c.a : c.b] = (p.to(product).view(-1, len(kv)) @ kv).view(-1, heads, dim)
-            if objective is not None and scores is not None:
+            if objective is not None and dots is not None and scores is not None and c.complete is not None:
                 visible = c.complete if chosen is None else chosen
                 objective.add(c, dots, scores, p[..., c.high - c.low :], visible)
         grads = () if objective is None else objective.gradients()
@@ -133,15 +141,15 @@ class _Attention(torch.autograd.Function):
         if dout is None or not any(ctx.needs_input_grad[:4]):
             return None, None, None, None, *learned, None, None
         total, heads, dim = scaled.shape
-        product, n_sums = scaled.dtype, sink.dtype
-        dout = dout.to(product)
+        product, sums = scaled.dtype, sink.dtype
         dq = torch.empty(scaled.shape, dtype=ctx.types[0], device=scaled.device)
-        dwindow = torch.zeros(window.shape, dtype=n_sums, device=scaled.device)
-        dentries = None if entries is None else torch.zeros(entries.shape, dtype=n_sums, device=scaled.device)
+        dwindow = torch.zeros(window.shape, dtype=sums, device=scaled.device)
+        seen = ctx.keys.ratio and ctx.keys.start + total >= ctx.keys.ratio  # else no gradient, not one of zeros
+        dentries = torch.zeros(entries.shape, dtype=sums, device=scaled.device) if seen else None
         dsink = torch.zeros_like(sink)
         for c, chosen in zip(_chunks(ctx.keys, total, heads, scaled.device), ctx.selections, strict=True):
-            kv = window[c.low : c.high] if entries is None else torch.cat((window[c.low : c.high], entries[: c.visible]))
-            q, do = scaled[c.a : c.b].view(-1, dim), dout[c.a : c.b].reshape(-1, dim)
+            kv = c.rows(window, entries)
+            q, do = scaled[c.a : c.b].view(-1, dim), dout[c.a : c.b].to(product).reshape(-1, dim)
             p = _probabilities(q, kv, c.hidden(chosen), sink)
             dp = torch.zeros_like(p)
             dp[..., :-1] = (do @ kv.T).view(-1, heads, len(kv))
@@ -151,12 +159,11 @@ class _Attention(torch.autograd.Function):
             left = torch.empty(2, len(q), len(kv), dtype=product, device=q.device)
             left[0].view(-1, heads, len(kv)).copy_(p[..., :-1])
             left[1].view(-1, heads, len(kv)).copy_(ds[..., :-1])
-            dq[c.a : c.b] = (left[1] @ kv).view(-1, heads, dim)
+            torch.mul((left[1] @ kv).view(-1, heads, dim), dim**-0.5, out=dq[c.a : c.b])
             dkv = left.flatten(0, 1).T @ torch.cat((do, q))
             dwindow[c.low : c.high] += dkv[: c.high - c.low]
             if dentries is not None:
                 dentries[: c.visible] += dkv[c.high - c.low :]
-        dq.mul_(dim**-0.5)
         narrow = None if dentries is None else dentries.to(ctx.types[2])
         return dq, dwindow.to(ctx.types[1]), narrow, dsink.to(ctx.types[3]), *learned, None, None
 

@@ -1,4 +1,4 @@
-"""Norms and rotations with gradients in closed form: a norm keeps one number per row, a rotation is undone by its inverse.
+"""Norms and rotations with gradients in closed form: a norm keeps one number per row, a rotation turns back.
 
 Legend: T tokens, H heads, D head dim, R rotary dims.
 """
