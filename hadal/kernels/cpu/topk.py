@@ -48,7 +48,7 @@ def _bisect(f: Function, scores: Value, count: Value, low: Value, high: Value, t
         enough, exact = reached >= topk, reached.equals(topk)
         bottom.set(enough.choose(middle, bottom.get()))
         top.set(enough.choose(exact.choose(middle + 1, top.get()), middle))
-        above.set(enough.choose(exact.choose(0, above.get()), reached))
+        above.set(enough.choose(above.get(), reached))
     return bottom.get(), topk - above.get()
 
 
