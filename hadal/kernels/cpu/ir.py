@@ -397,7 +397,9 @@ class WhileLoop:
 
 
 class Module:
-    """Functions and declarations that are compiled together."""
+    """Functions and declarations that are compiled together; `native_bf16`: the processor rounds to BF16 itself."""
+
+    native_bf16 = False
 
     def __init__(self) -> None:
         self.functions: dict[str, Function] = {}

@@ -75,10 +75,20 @@ def cosine_sine(f: Function, angle: Value) -> tuple[Value, Value]:
 
 
 def round_bf16(f: Function, x: Value) -> Value:
-    """FP32 rounded to the nearest BF16, ties to even, as 16-bit integers."""
+    """FP32 rounded to the nearest BF16, ties to even, as 16-bit integers; subnormals may become 0."""
     words, wide = vec(lanes(x.kind), I16), vec(lanes(x.kind), I32)
+    if f.module.native_bf16:
+        return x.narrow(vec(lanes(x.kind), BF16)).bits(words)
     bits = x.bits(wide)
     return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).trunc(words)
+
+
+def join_bf16(f: Function, low: Value, high: Value) -> Value:
+    """Two times 16 FP32 values rounded to BF16, as 32 integers of 16 bits."""
+    if f.module.native_bf16:
+        name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        return f.call(vec(32, BF16), name, high, low).bits(vec(32, I16))
+    return round_bf16(f, low).pick(range(32), round_bf16(f, high))
 
 
 def widen_bf16(f: Function, words: Value) -> Value:

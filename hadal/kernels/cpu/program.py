@@ -60,6 +60,7 @@ class KernelModule(Module):
     def __init__(self, isa: Isa, step_fields: Sequence[str]) -> None:
         super().__init__()
         self.isa, self.step_fields = isa, list(step_fields)
+        self.native_bf16 = isa.avx512
         self.arguments: dict[str, list[str]] = {}
 
     @contextmanager

@@ -11,7 +11,7 @@ from functools import partial
 from hadal.kernels.cpu.attention import store_key
 from hadal.kernels.cpu.ir import F32, I16, I32, I64, Function, Value, vec
 from hadal.kernels.cpu.layout import HEADS, KEYS, QUANT_GROUP, SPAN, Shapes
-from hadal.kernels.cpu.numbers import cosine_sine, exp, fake_quant_e4m3, round_bf16, sigmoid, widen_bf16
+from hadal.kernels.cpu.numbers import cosine_sine, exp, fake_quant_e4m3, join_bf16, round_bf16, sigmoid, widen_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.tiles import transpose_pairs
 
@@ -366,8 +366,8 @@ def emit_heads(module: KernelModule, shapes: Shapes) -> None:
                 rows = []
                 for source, gain in zip(sources, gains, strict=True):
                     at = f.at(source, chunk * 128 if isinstance(chunk, Value) else 128 * chunk)
-                    halves = [round_bf16(f, finish(f.load(_V, at, 64 * i) * gain, i)) for i in range(2)]
-                    rows.append(halves[0].pick(range(32), halves[1]).bits(_I))
+                    halves = [finish(f.load(_V, at, 64 * i) * gain, i) for i in range(2)]
+                    rows.append(join_bf16(f, *halves).bits(_I))
                 tile = f.at(out, chunk * 1024 if isinstance(chunk, Value) else 1024 * chunk)
                 for i, pair in enumerate(transpose_pairs(f, rows)):
                     f.store(pair, tile, 64 * i)

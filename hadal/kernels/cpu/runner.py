@@ -23,7 +23,7 @@ from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
 from hadal.kernels.cpu.weights import Lookup, plan_packing
 
-MAX_ROWS = 512
+MAX_ROWS = 256
 _SCORE_BYTES = 1 << 26  # index scores held at once: behind long contexts a step takes fewer rows
 
 
