@@ -166,14 +166,19 @@ class Bench:
 
     def _compare_threads(self, name: str, cell: Cell) -> dict[str, Any]:
         rates: dict[int, list[float]] = {count: [] for count in cell.threads}
+        shares: dict[int, list[float]] = {count: [] for count in cell.threads}
         for number in range(self.rounds):
             say(f"{name}: round {number + 1} of {self.rounds}")
-            for count, taken in rates.items():
-                taken.append(_rate(self._ask("hadal" if count == 1 else f"hadal-{count}", cell, cell.tokens), "wall"))
+            for count in cell.threads:
+                taken = self._ask("hadal" if count == 1 else f"hadal-{count}", cell, cell.tokens)
+                rates[count].append(_rate(taken, "wall"))
+                shares[count].append(taken["cpu"] / taken["wall"] / count)
         first, last = cell.threads[0], cell.threads[-1]
         return {
             "threads": {str(count): _summary(taken) for count, taken in rates.items()},
             "more_over_one": _summary(_paired(rates[last], rates[first]), 2),
+            # Wall time means something only where the threads had their cores to themselves.
+            **{f"busy_with_{count}": _summary(taken, 2) for count, taken in shares.items()},
         }
 
     def _ask(self, system: str, cell: Cell, tokens: int) -> dict[str, float]:

@@ -290,10 +290,10 @@ def bench(
     figures = run(load, phase, tokens, lambda stage: print(stage, file=sys.stderr, flush=True))
     count = torch.get_num_threads()
     if plot:
-        write_chart(plot, f"{model}, {count} threads", figures)
+        write_chart(plot, f"{model}, threads: {count}", figures)
     if as_json:
         return _print_json({"model": model, "threads": count, "figures": [f.to_dict() for f in figures]})
-    _print_table(f"{model}, {count} threads", COLUMNS, [f.row() for f in figures])
+    _print_table(f"{model}, threads: {count}", COLUMNS, [f.row() for f in figures])
 
 
 @app.command()

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 if TYPE_CHECKING:
     from hadal.bench.phases import Figure
 
-LEFT, RIGHT, WIDTH = 190, 150, 860
+LEFT, RIGHT, WIDTH = 190, 240, 920
 TOP, ROW, BAR = 92, 34, 18
 COLOURS = {"reads": "#2a7f9e", "products": "#c2703d"}
 LEGEND = {"reads": "memory reads", "products": "BF16 products"}
