@@ -98,11 +98,9 @@ def emit_index_score(module: KernelModule, shapes: Shapes) -> None:
                 here = f.at(f.load(PTR, table, page * WORD), k.arg("keys"))
                 later = f.at(f.load(PTR, table, (page + AHEAD).min(pages - 1) * WORD), k.arg("keys"))
                 for group in f.range(page_keys / GROUP_KEYS):
-                    with f.when(rows <= HEADS):
-                        for line in range(0, shapes.group_bytes, 64):
-                            f.prefetch(later, group * shapes.group_bytes + line)
+                    places = [f.at(place, group * shapes.group_bytes) for place in (here, later)]
                     to = f.at(scores, (page * page_keys + group * GROUP_KEYS) * 4)
-                    _score_group(k, shapes, record, f.at(here, group * shapes.group_bytes), square, to)
+                    _score_group(k, shapes, record, *places, square, to)
         if k.isa.amx:
             f.do("llvm.x86.tilerelease")
 
@@ -132,13 +130,18 @@ def _configure(k: Kernel, shapes: Shapes) -> None:
     k.f.do("llvm.x86.ldtilecfg", shape)
 
 
-def _score_group(k: Kernel, shapes: Shapes, record: Value, group: Value, square: Value, to: Value) -> None:
-    """Scores of 16 keys."""
+def _score_group(
+    k: Kernel, shapes: Shapes, record: Value, group: Value, later: Value, square: Value, to: Value
+) -> None:
+    """Scores of 16 keys; `later` is the group to fetch meanwhile, a line now and then so that no load waits for it."""
     f, heads = k.f, shapes.index_heads
     factors = f.at(record, padded_heads(shapes) * shapes.index_dim)
     sums = [f.const(_VECTOR, 0) for _ in range(_CHAINS)]
+    lines = shapes.group_bytes // 64
 
     def add(head: int, dots: Value) -> None:
+        for line in range(head * lines // heads, (head + 1) * lines // heads):
+            f.prefetch(later, line * 64)
         positive = dots.max(0).to_float(_VECTOR)
         sums[head % _CHAINS] = f.fma(positive, f.broadcast(_VECTOR, factors, head * 4), sums[head % _CHAINS])
 
