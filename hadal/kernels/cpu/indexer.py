@@ -11,10 +11,11 @@ neither scores nor a choice. Source: report 2.3, spec architecture 2.6.
 from __future__ import annotations
 
 from hadal.kernels.cpu.compress import GROUP_KEYS, int8_codes, int8_scale, rotary_lanes, rotate_pairs, span_word
-from hadal.kernels.cpu.ir import F32, I8, I16, I32, I64, PTR, Function, Value, vec
+from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, vec
 from hadal.kernels.cpu.layout import HEADS, PAGE_TOKENS, Shapes
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.target import Isa
+from hadal.kernels.cpu.tiles import dot_int8
 from hadal.kernels.cpu.topk import write_topk
 
 # q [heads * Di] and weights [heads]: FP32 rows; out: query records; regime: 0 plain angles, 1 scaled ones.
@@ -98,9 +99,9 @@ def emit_index_score(module: KernelModule, shapes: Shapes) -> None:
                 here = f.at(f.load(PTR, table, page * WORD), k.arg("keys"))
                 later = f.at(f.load(PTR, table, (page + AHEAD).min(pages - 1) * WORD), k.arg("keys"))
                 for group in f.range(page_keys / GROUP_KEYS):
-                    places = [f.at(place, group * shapes.group_bytes) for place in (here, later)]
+                    now, next_up = (f.at(place, group * shapes.group_bytes) for place in (here, later))
                     to = f.at(scores, (page * page_keys + group * GROUP_KEYS) * 4)
-                    _score_group(k, shapes, record, *places, square, to)
+                    _score_group(k, shapes, record, now, next_up, square, to)
         if k.isa.amx:
             f.do("llvm.x86.tilerelease")
 
@@ -187,22 +188,11 @@ def _multiply_vectors(k: Kernel, shapes: Shapes, record: Value, group: Value, he
     for c in f.range(dim, 0, 4):
         keys = f.load(_BYTES, group, c * GROUP_KEYS)
         if _unsigned_queries(k.isa):
-            keys_sum.set(_dot(f, k.isa, keys_sum.get(), f.const(_BYTES, 1), keys))
+            keys_sum.set(dot_int8(f, k.isa, keys_sum.get(), f.const(_BYTES, 1), keys))
         for head, total in sums.items():
             query = f.broadcast(_WORDS, record, c + head * dim).bits(_BYTES)
-            total.set(_dot(f, k.isa, total.get(), query, keys))
+            total.set(dot_int8(f, k.isa, total.get(), query, keys))
     return [(head, total.get() - (keys_sum.get() << 7)) for head, total in sums.items()]
-
-
-def _dot(f: Function, isa: Isa, total: Value, queries: Value, keys: Value) -> Value:
-    """total plus the product of four channels in each of 16 lanes."""
-    if isa.avx512:
-        return f.call(_WORDS, "llvm.x86.avx512.vpdpbusd.512", total, queries, keys)
-    pairs = vec(32, I16)
-    for part in (lambda v: (v.bits(pairs) << 8).sar(8), lambda v: v.bits(pairs).sar(8)):
-        product = part(queries).sext(vec(32, I32)) * part(keys).sext(vec(32, I32))
-        total = total + (product.pick(range(0, 32, 2)) + product.pick(range(1, 32, 2)))
-    return total
 
 
 def emit_index_select(module: KernelModule, shapes: Shapes) -> None:
