@@ -96,8 +96,8 @@ def _allow_amx() -> bool:
     return bool(ctypes.CDLL(None).syscall(*_AMX_PERMISSION) == 0)
 
 
-@cache
 def _machine(isa: Isa) -> Any:
+    """A new target machine: an engine owns the one it is given."""
     import llvmlite.binding as llvm
 
     llvm.initialize_all_targets()
@@ -109,21 +109,22 @@ def _machine(isa: Isa) -> Any:
     return target.create_target_machine(cpu=_CPU[isa.name], features=features, opt=3, reloc="pic", codemodel="small")
 
 
-def _optimised(text: str, isa: Isa) -> Any:
+def _optimised(text: str, machine: Any) -> Any:
     import llvmlite.binding as llvm
 
     module = llvm.parse_assembly(text)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = options.loop_interleaving = False
-    builder = llvm.create_pass_builder(_machine(isa), options)
+    builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     return module
 
 
 def assembly(text: str, isa: Isa) -> str:
     """The machine code of a module in words, for any instruction set, this processor's or not."""
-    return str(_machine(isa).emit_assembly(_optimised(text, isa)))
+    machine = _machine(isa)
+    return str(machine.emit_assembly(_optimised(text, machine)))
 
 
 class Library:
@@ -137,7 +138,7 @@ class Library:
         self.cached = kept.exists()
         machine = _machine(isa)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        code = kept.read_bytes() if self.cached else machine.emit_object(_optimised(text, isa))
+        code = kept.read_bytes() if self.cached else machine.emit_object(_optimised(text, machine))
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         if not self.cached:
