@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import LayerSpec, ModelConfig
-from hadal.kernels.cpu import attention, compress, indexer, matmul, rows, route
+from hadal.kernels.cpu import attention, compress, indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.layout import STEP, LayerPlace, Places, Shapes, tail_shape
 from hadal.kernels.cpu.memory import Scratch, address, buffer
 from hadal.kernels.cpu.program import KernelModule
@@ -173,6 +173,10 @@ def emit_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> KernelModule:
         indexer.emit_index_select(module, shapes)
     for form, epilogue in sorted({(m.form, _epilogue(m.name)) for m in plan.matrices.values()}):
         matmul.emit_products(module, form, epilogue)
+        if form == "fp4" and not isa.amx:
+            int8.emit_products_int8(module, epilogue)
+    if "product_int8_f32" in module.arguments:
+        int8.emit_quantise(module)
     return module
 
 
@@ -214,16 +218,16 @@ class _Builder:
 
     def product(
         self, name: str, source: Space, out: Space, groups: np.ndarray | int, *, barrier: bool = True,
-        row_step: int = 0, out_step: int = 0, panels: int | None = None, mixing: int = 0, column: int = 0,
+        row_step: int = 0, out_step: int = 0, panels: int | None = None, mixing: int = 0, integers: bool = False,
     ) -> None:  # fmt: skip
-        """rows x matrix; `column` is the byte of an output row at which the result begins."""
+        """rows x matrix; with `integers` the rows are int8 records."""
         matrix = self.plan.matrices[name]
         self.jobs.note_product(matrix.blocks)
         panels = panels or matrix.panels
         self.jobs.add(
-            f"product_{matrix.form}_{_epilogue(name)}", barrier=barrier, weight=self.packed[name],
+            f"product_{'int8' if integers else matrix.form}_{_epilogue(name)}", barrier=barrier, weight=self.packed[name],
             weight_step=panels * matrix.nbytes // matrix.panels, rows=source.address, row_stride=source.stride,
-            row_step=row_step, out=out.address + column, out_stride=out.stride, out_step=out_step, panels=panels,
+            row_step=row_step, out=out.address, out_stride=out.stride, out_step=out_step, panels=panels,
             blocks=matrix.blocks, groups=groups if isinstance(groups, int) else address(groups), scratch="scratch",
             scratch_step="scratch_step", mixing=mixing, limit=float(self.config.swiglu_limit),
         )  # fmt: skip
@@ -382,16 +386,34 @@ class _Builder:
             scale=float(self.config.routed_scaling_factor),
         )  # fmt: skip
         jobs.add("group", ids=self.ids, groups=self.groups, slots=self.slots)
-        gathered = jobs.rows("gathered", s.hidden * 2, self.slot_rows)
-        jobs.add("gather", slots=self.slots, weights=self.weights, rows=self.input.address,
-                 row_stride=self.input.stride, out=gathered.address, out_stride=gathered.stride,
-                 mixing=self.mixing)  # fmt: skip
+        into, back = f"{at}ffn.experts.in", f"{at}ffn.experts.w2"
+        integers = self.plan.matrices[into].form == "fp4" and not jobs.isa.amx
+        rows_in = int8.record_bytes(s.hidden) if integers else s.hidden * 2
+        source = self.records("input_records", self.input, into) if integers else self.input
+        gathered = jobs.rows("gathered", rows_in, self.slot_rows)
+        jobs.add("gather", slots=self.slots, weights=self.weights, rows=source.address, row_stride=source.stride,
+                 out=gathered.address, out_stride=gathered.stride, mixing=self.mixing,
+                 lines=-(-rows_in // _LINE))  # fmt: skip
         hidden = jobs.rows("expert_hidden", -(-width // 32) * 64, self.slot_rows)
-        self.product(f"{at}ffn.experts.in", gathered, hidden, self.groups, mixing=self.mixing)
-        out = jobs.rows("expert_out", self.plan.matrices[f"{at}ffn.experts.w2"].panels * 128, self.slot_rows)
+        self.product(into, gathered, hidden, self.groups, mixing=self.mixing, integers=integers)
+        out = jobs.rows("expert_out", self.plan.matrices[back].panels * 128, self.slot_rows)
         self.product(f"{at}ffn.shared.w2", shared, self.output("shared_out", f"{at}ffn.shared.w2"),
                      jobs.plain_group, barrier=False)  # fmt: skip
-        self.product(f"{at}ffn.experts.w2", hidden, out, self.groups)
+        if integers:
+            hidden = self.records("hidden_records", hidden, back, self.groups, self.slot_rows)
+        self.product(back, hidden, out, self.groups, integers=integers)
+
+    def records(
+        self, name: str, source: Space, matrix: str, groups: int | None = None, count: int | None = None
+    ) -> Space:
+        """BF16 rows as int8 records, for the matrix that they are multiplied by."""
+        jobs, blocks = self.jobs, self.plan.matrices[matrix].blocks
+        space = jobs.rows(name, int8.record_bytes(blocks * matmul.BLOCK), count)
+        jobs.add(
+            "quantise", rows=source.address, row_stride=source.stride, out=space.address, out_stride=space.stride,
+            blocks=blocks, groups=groups or address(jobs.plain_group),
+        )  # fmt: skip
+        return space
 
     def head(self) -> None:
         """The last sum, then collapse, norm and logits of the wanted rows."""

@@ -36,7 +36,10 @@ AHEAD = 2  # blocks that are expanded before they are used
 RING = 4
 FETCH_AHEAD = 4096  # bytes
 ROW_PADDING = 32  # rows that a product may write behind the last one it was asked for
-JOB = "weight weight_step rows row_stride row_step out out_stride out_step panels blocks groups scratch scratch_step mixing limit"
+JOB = (
+    "weight weight_step rows row_stride row_step out out_stride out_step panels blocks groups "
+    "scratch scratch_step mixing limit"
+)
 
 _BYTES, _WORDS, _VECTOR = vec(64, I8), vec(32, I16), vec(16, F32)
 _E2M1_BF16 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]
@@ -218,7 +221,7 @@ def _panel(
         a_stride = valid.equals(1).choose(f.const(I64, 0), stride)
         multiply(f, isa, size, f.at(a, done.get() * stride), a_stride, place, blocks, target, target_stride, ahead)
         with f.when(direct.equals(0)):
-            _finish(k, epilogue, square, valid, here, out_stride, first + done.get())
+            finish_rows(k, epilogue, square, valid, here, out_stride, first + done.get())
         done.set(done.get() + size)
 
     for fresh in (True, False) if form != "bf16" else (False,):
@@ -236,7 +239,7 @@ def _panel(
                     rows_block(size, None)
 
 
-def _finish(
+def finish_rows(
     k: Kernel, epilogue: Epilogue, square: Value, rows: Value, out: Value, out_stride: Value, first: Value
 ) -> None:
     """Rows of a finished block [rows, 32] as they are, in BF16, or gate and up columns as one clamped SwiGLU."""

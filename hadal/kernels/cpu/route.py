@@ -14,7 +14,7 @@ from hadal.kernels.cpu.rows import row_word
 
 ROUTE = "logits logits_stride bias table ids weights scale"
 GROUP = "ids groups slots"
-GATHER = "slots weights rows row_stride out out_stride mixing"
+GATHER = "slots weights rows row_stride out out_stride mixing lines"
 SLOT_STEP = 16
 _V, _I = vec(16, F32), vec(16, I32)
 
@@ -121,5 +121,5 @@ def emit_gather(module: KernelModule, shapes: Shapes) -> None:
             f.store(f.load(F32, k.ptr("weights"), i * 4), k.ptr("mixing"), slot * 4)
             source = f.at(k.ptr("rows"), i / shapes.active * k.arg("row_stride"))
             target = f.at(k.ptr("out"), slot * k.arg("out_stride"))
-            for c in f.range(shapes.hidden // 32):
+            for c in f.range(k.arg("lines")):
                 f.store(f.load(_I, source, c * 64), target, c * 64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hadal.kernels.cpu.ir import BF16, F32, I8, I32, I64, Function, Operand, Value, vec
+from hadal.kernels.cpu.ir import BF16, F32, I8, I16, I32, I64, Function, Operand, Value, vec
 from hadal.kernels.cpu.target import Isa
 
 TILE = 1024  # bytes of a full tile: 16 rows of 64 bytes
@@ -112,6 +112,18 @@ def dot_bf16(f: Function, isa: Isa, total: Value, a: Value, b: Value) -> Value:
         return f.call(_VECTOR, "llvm.x86.avx512bf16.dpbf16ps.512", total, a.bits(pairs), b.bits(pairs))
     for half in (lambda v: v << 16, lambda v: v & -65536):
         total = f.fma(half(a).bits(_VECTOR), half(b).bits(_VECTOR), total)
+    return total
+
+
+def dot_int8(f: Function, isa: Isa, total: Value, a: Value, b: Value) -> Value:
+    """total plus the product of four bytes in each of 16 lanes; `a` counts as unsigned where it is below 128 anyway."""
+    kind = vec(16, I32)
+    if isa.avx512:
+        return f.call(kind, "llvm.x86.avx512.vpdpbusd.512", total, a, b)
+    pairs = vec(32, I16)
+    for part in (lambda v: (v.bits(pairs) << 8).sar(8), lambda v: v.bits(pairs).sar(8)):
+        product = part(a).sext(vec(32, I32)) * part(b).sext(vec(32, I32))
+        total = total + (product.pick(range(0, 32, 2)) + product.pick(range(1, 32, 2)))
     return total
 
 
