@@ -357,23 +357,30 @@ def emit_heads(module: KernelModule, shapes: Shapes) -> None:
                 squares = sum_squares(f, f.at(query, h * (shapes.dim * 4)), shapes.dim // 16)
                 mean = squares.reduce("add") * (1 / shapes.dim) + shapes.norm_eps
                 f.store(f.const(F32, shapes.dim**-0.5) / f.unary("sqrt", mean), inverse, h * 4)
-            gains = [f.broadcast(_V, inverse, 4 * h) for h in range(HEADS)]
-            # A padded head has gain 0; it reads the last real one, which is finite.
-            sources = [f.at(query, f.const(I64, h).min(valid - 1) * (shapes.dim * 4)) for h in range(HEADS)]
+            real = HEADS if shapes.head_groups > 1 else shapes.heads
+            gains = [f.broadcast(_V, inverse, 4 * h) for h in range(real)]
+            # A padded head of a last group has gain 0; it reads the last real one, which is finite.
+            sources = [f.at(query, f.const(I64, h).min(valid - 1) * (shapes.dim * 4)) for h in range(real)]
             plain = (shapes.dim - shapes.rotary) // 32
-
-            def turn(chunk: Value | int, finish: Callable[[Value, int], Value]) -> None:
-                rows = []
-                for source, gain in zip(sources, gains, strict=True):
-                    at = f.at(source, chunk * 128 if isinstance(chunk, Value) else 128 * chunk)
-                    halves = [finish(f.load(_V, at, 64 * i) * gain, i) for i in range(2)]
-                    rows.append(join_bf16(f, *halves).bits(_I))
-                tile = f.at(out, chunk * 1024 if isinstance(chunk, Value) else 1024 * chunk)
-                for i, pair in enumerate(transpose_pairs(f, rows)):
-                    f.store(pair, tile, 64 * i)
-
             for chunk in f.range(plain):
-                turn(chunk, lambda value, _: value)
+                _head_tile(f, sources, gains, chunk, out, lambda value, _: value)
             angles = angles_of(k, shapes, row)
             for c in range(shapes.rotary // 32):
-                turn(plain + c, partial(_turn_half, f, angles, shapes.rotary, 2 * c))
+                turned = partial(_turn_half, f, angles, shapes.rotary, 2 * c)
+                _head_tile(f, sources, gains, f.const(I64, plain + c), out, turned)
+
+
+def _head_tile(
+    f: Function, sources: list[Value], gains: list[Value], chunk: Value, out: Value,
+    finish: Callable[[Value, int], Value],
+) -> None:  # fmt: skip
+    """32 channels of 16 heads as one tile; `finish` sees each half of them."""
+    rows = []
+    for source, gain in zip(sources, gains, strict=True):
+        at = f.at(source, chunk * 128)
+        halves = [finish(f.load(_V, at, 64 * i) * gain, i) for i in range(2)]
+        rows.append(join_bf16(f, *halves).bits(_I))
+    rows += [f.const(_I, 0)] * (HEADS - len(rows))
+    tile = f.at(out, chunk * 1024)
+    for i, pair in enumerate(transpose_pairs(f, rows)):
+        f.store(pair, tile, 64 * i)
