@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from hadal.kernels.cpu.ir import F32, I64, PTR, Function, Module, Operand, Value
+from hadal.kernels.cpu.ir import F32, I64, PTR, Function, Module, Operand, Value, Variable
 from hadal.kernels.cpu.target import Isa
 
 WORD = 8
@@ -73,15 +73,15 @@ class KernelModule(Module):
 
 
 def emit_runner(module: Module, isa: Isa) -> None:
-    """`run(jobs, count, step, barrier, thread, threads)` and `serve(slot, spins)`, which a helper thread sits in.
+    """`lead(slots, helpers, jobs, count, step, barrier, result)` for thread 0, `serve(slot, spins)` for the others.
 
-    A barrier word counts arrivals over the whole run. A slot holds one helper's state on its own cache line: 0 asleep,
-    1 idle, 2 engaged, 3 running; then its thread number, and the words of `run`.
+    A barrier word counts arrivals and never goes back, so that a helper which leaves the last barrier late still finds
+    it open. A slot holds one helper's state on its own cache line: 0 asleep, 1 idle, 2 engaged, 3 running; then the
+    words of `run`.
     """
-    with module.function(
-        "run", {"jobs": PTR, "count": I64, "step": PTR, "barrier": PTR, "thread": I64, "threads": I64}
-    ) as f:
-        passed = f.var(f.const(I64, 0))
+    words = {"jobs": PTR, "count": I64, "step": PTR, "barrier": PTR, "begun": I64, "thread": I64, "threads": I64}
+    with module.function("run", words, exported=False) as f:
+        passed = f.var(f["begun"])
         for i in f.range(f["count"]):
             job = f.at(f["jobs"], i * (JOB_WORDS * WORD))
             function = f.load(PTR, job)
@@ -102,37 +102,51 @@ def emit_runner(module: Module, isa: Isa) -> None:
         for loop in f.repeat_while():
             state = f.var(_atomic(f, f["slot"]))
             with f.when(state.get().equals(3)):
-                words = [f.load(PTR, f["slot"], WORD * w) for w in (2, 4, 5)]
-                count, thread, threads = (f.load(I64, f["slot"], WORD * w) for w in (3, 1, 6))
-                f.do("run", words[0], count, words[1], words[2], thread, threads)
+                f.do("run", *(f.load(kind, f["slot"], WORD * (1 + i)) for i, kind in enumerate(words.values())))
                 f.line("store atomic i64 1, ptr %slot seq_cst, align 8")
                 idle.set(0)
             with f.when(state.get().equals(1)):
                 idle.set(idle.get() + 1)
-                with f.when(idle.get() > f["spins"]):
-                    swapped = f.emit("{ i64, i1 }", "cmpxchg ptr %slot, i64 1, i64 0 seq_cst seq_cst")
-                    slept = f.emit("i1", f"extractvalue {{ i64, i1 }} {swapped.name}, 1")
-                    with f.when(slept):
-                        state.set(0)
+                with f.when(idle.get() > f["spins"]), f.when(_swap(f, f["slot"], 1, 0)):
+                    state.set(0)
             loop.leave_unless(state.get().differs(0))
             _pause(f, isa, turns)
-    with module.function("engage", {"slot": PTR, "result": PTR}) as f:
-        swapped = f.emit("{ i64, i1 }", "cmpxchg ptr %slot, i64 1, i64 2 seq_cst seq_cst")
-        engaged = f.emit("i1", f"extractvalue {{ i64, i1 }} {swapped.name}, 1")
-        f.store(engaged.zext(I64), f["result"])
+    common = {name: words[name] for name in ("jobs", "count", "step", "barrier")}
+    with module.function("lead", {"slots": PTR, "helpers": I64, **common, "result": PTR}) as f:
+        threads = f.var(f.const(I64, 1))
+        begun = _atomic(f, f["barrier"])
+        for i in f.range(f["helpers"]):
+            slot = f.load(PTR, f["slots"], i * WORD)
+            with f.when(_swap(f, slot, 1, 2)):
+                for place, value in enumerate((*(f[name] for name in common), begun, threads.get())):
+                    f.store(value, slot, WORD * (1 + place))
+                threads.set(threads.get() + 1)
+        for i in f.range(f["helpers"]):
+            slot = f.load(PTR, f["slots"], i * WORD)
+            with f.when(_atomic(f, slot).equals(2)):
+                f.store(threads.get(), slot, 7 * WORD)
+                f.line(f"store atomic i64 3, ptr {slot.name} seq_cst, align 8")
+        f.store(threads.get(), f["result"])
+        f.do("run", *(f[name] for name in common), begun, f.const(I64, 0), threads.get())
+
+
+def _swap(f: Function, slot: Value, old: int, new: int) -> Value:
+    """Change a slot's state from `old` to `new`; whether it was `old`."""
+    swapped = f.emit("{ i64, i1 }", f"cmpxchg ptr {slot.name}, i64 {old}, i64 {new} seq_cst seq_cst")
+    return f.emit("i1", f"extractvalue {{ i64, i1 }} {swapped.name}, 1")
 
 
 def _atomic(f: Function, pointer: Value) -> Value:
     return f.emit(I64, f"load atomic i64, ptr {pointer.name} seq_cst, align 8")
 
 
-def _pause(f: Function, isa: Isa, turns: object) -> None:
+def _pause(f: Function, isa: Isa, turns: Variable) -> None:
     """A breath of a waiting thread; now and then the core is offered to whoever else may need it."""
     if isa.name == "neon":
         f.do("llvm.aarch64.hint", f.const("i32", 1))
     else:
         f.do("llvm.x86.sse2.pause")
-    turn = turns.get() + 1  # type: ignore[attr-defined]
-    turns.set(turn)  # type: ignore[attr-defined]
+    turn = turns.get() + 1
+    turns.set(turn)
     with f.when((turn & (YIELD_AFTER - 1)).equals(0)):
         f.call("i32", "sched_yield")

@@ -8,14 +8,15 @@ waiting for a sleeper costs more than doing its share.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from typing import Any
 
 import numpy as np
 import torch
 
-from hadal.kernels.cpu.program import JOB_WORDS, emit_runner
 from hadal.kernels.cpu.ir import Module
+from hadal.kernels.cpu.program import JOB_WORDS, emit_runner
 from hadal.kernels.cpu.target import Isa, Library
 
 SPINS = 40_000  # turns of `serve` before a helper without work falls asleep
@@ -32,44 +33,39 @@ class Team:
         module = Module()
         emit_runner(module, isa)
         self._library = Library(module.text(), isa)
-        self._run = self._function("run", 6)
+        self._lead = self._function("lead", 7)
         self._serve = self._function("serve", 2)
-        self._engage = self._function("engage", 2)
-        self._slots: list[Any] = []
+        self._slots: list[np.ndarray] = []
+        self._places = np.zeros(0, np.int64)
         self._events: list[threading.Event] = []
         self._busy = threading.Lock()
-        self._flag = np.zeros(1, np.int64)
-        self._barrier = _words(_LINE)
+        self._total, self._barrier = np.ones(1, np.int64), _words(_LINE)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._dismiss)
 
     def run(self, jobs: np.ndarray, count: int, step: np.ndarray, threads: int | None = None) -> int:
         """Run the first `count` jobs of [*, 3] words for a step; returns how many threads took part."""
         assert jobs.dtype == np.int64 and jobs.shape[1] == JOB_WORDS and jobs.flags.c_contiguous
+        assert threads == 1 or jobs[count - 1, 2], "without a barrier at the end a helper may still be at work"
         with self._busy:
-            wanted = torch.get_num_threads() if threads is None else threads
-            while len(self._slots) < wanted - 1:
+            helpers = (torch.get_num_threads() if threads is None else threads) - 1
+            while len(self._slots) < helpers:
                 self._hire()
-            engaged = [i for i in range(wanted - 1) if self._engaged(i)]
-            self._barrier[0] = 0
-            arguments = (jobs.ctypes.data, count, step.ctypes.data, self._barrier.ctypes.data)
-            total = 1 + len(engaged)
-            for number, i in enumerate(engaged):
-                slot = self._slots[i]
-                slot[1:7] = (1 + number, arguments[0], count, arguments[2], arguments[3], total)
-                slot[0] = 3  # written last; the slot is aligned, so the helper sees a whole word
-            self._run(*arguments, 0, total)
-            return total
-
-    def _engaged(self, i: int) -> bool:
-        self._engage(self._slots[i].ctypes.data, self._flag.ctypes.data)
-        if not self._flag[0]:
-            self._events[i].set()
-        return bool(self._flag[0])
+            for slot, event in zip(self._slots[:helpers], self._events, strict=False):
+                if not slot[0]:
+                    event.set()
+            self._lead(
+                self._places.ctypes.data, helpers, jobs.ctypes.data, count, step.ctypes.data,
+                self._barrier.ctypes.data, self._total.ctypes.data,
+            )  # fmt: skip
+            return int(self._total[0])
 
     def _hire(self) -> None:
         slot, event = _words(_LINE), threading.Event()
         slot[0] = 1
         self._slots.append(slot)
         self._events.append(event)
+        self._places = np.array([s.ctypes.data for s in self._slots], np.int64)
         threading.Thread(target=self._help, args=(slot, event), daemon=True, name="hadal-kernels").start()
 
     def _help(self, slot: np.ndarray, event: threading.Event) -> None:
@@ -78,6 +74,10 @@ class Team:
             event.wait()
             event.clear()
             slot[0] = 1
+
+    def _dismiss(self) -> None:
+        """A forked child has none of its parent's threads."""
+        self._slots, self._events, self._busy = [], [], threading.Lock()
 
     def _function(self, name: str, arguments: int) -> Any:
         return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(self._library.address(name))

@@ -14,7 +14,6 @@ from hadal.kernels.cpu.program import KernelModule
 from hadal.kernels.cpu.target import Isa, Library, detect
 
 pytest.importorskip("llvmlite")
-_libraries: list[Library] = []  # compiled code stays loaded: its engine owns the machine that later ones need
 
 
 def shapes(**sizes: int) -> Shapes:
@@ -61,7 +60,6 @@ class Kernels:
         emit(module)
         self._words = module.arguments
         self._library = Library(module.text(), self.isa)
-        _libraries.append(self._library)
 
     def run(self, name: str, step: np.ndarray, threads: int = 1, **words: int) -> None:
         """Run one kernel; `words` are all of its arguments."""
