@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Value, vec
-from hadal.kernels.cpu.layout import HEADS, KEYS, PAGE_TOKENS, QUANT_GROUP, SPAN, Shapes
+from hadal.kernels.cpu.entries import Entries, span_word, unpack_entries, zero_entry
+from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, vec
+from hadal.kernels.cpu.layout import HEADS, KEYS, SPAN, Shapes
 from hadal.kernels.cpu.numbers import exp, round_bf16
 from hadal.kernels.cpu.program import Kernel, KernelModule
 from hadal.kernels.cpu.tiles import TILE, configure, dot_bf16, multiply, release, row_blocks, transpose_pairs
@@ -30,10 +31,8 @@ ATTEND = (
     "scratch scratch_step regime"
 )
 
-_VECTOR, _INTS, _WORDS = vec(16, F32), vec(16, I32), vec(32, I16)
+_VECTOR, _INTS = vec(16, F32), vec(16, I32)
 _HIDDEN = -1e30  # a score whose weight is exactly zero
-# BF16 bits of the E4M3 codes 0..7 (m 2^-9), short of the scale's exponent
-_SUBNORMAL = [0] + [(e << 7) + m for e, m in ((-9, 0), (-8, 0), (-8, 64), (-7, 0), (-7, 32), (-7, 64), (-7, 96))]
 
 
 def entries_bytes(shapes: Shapes, entries: int) -> int:
@@ -45,11 +44,8 @@ def scratch_bytes(shapes: Shapes, entries: int) -> int:
     """Bytes of a thread's scratch when a row attends to at most `entries` entries, selected or not."""
     blocks = shapes.window // KEYS + 1 + -(-entries // KEYS)
     scores = shapes.head_groups * blocks * KEYS * HEADS * 4
-    return _fixed_bytes(shapes) + scores + HEADS * (blocks | 1) * 2 * KEYS + 8 * blocks + 64
-
-
-def _fixed_bytes(shapes: Shapes) -> int:
-    return sum(size for _, size in _parts(shapes))
+    fixed = sum(size for _, size in _parts(shapes))
+    return fixed + scores + HEADS * (blocks | 1) * 2 * KEYS + -(-blocks // 8) * 64
 
 
 def _parts(shapes: Shapes) -> list[tuple[str, int]]:
@@ -82,128 +78,20 @@ def store_key(f: Function, shapes: Shapes, block: Value, slot: Value, words: Cal
             f.store(value.lane(lane), pair, i * TILE + 4 * lane)
 
 
-class _Entries:
-    """A layer's compressed entries of one span, by index; those from `count` on are zero."""
-
-    def __init__(self, k: Kernel, shapes: Shapes, pages: Value, zero: Value) -> None:
-        self.f, self.isa, self.shapes, self.pages, self.zero = k.f, k.isa, shapes, pages, zero
-        self.offset = k.arg("entries")
-        self.per_page = k.f.const(I64, PAGE_TOKENS) / k.arg("ratio").max(1)  # a power of two
-        self.shift = k.f.call(I64, "llvm.cttz.i64", self.per_page, k.f.const(I1, 1))
-
-    def at(self, j: Value) -> Value:
-        """The address of entry j."""
-        page = self.f.load(PTR, self.pages, (j >> self.shift) * 8)
-        return self.f.at(page, self.offset + (j & (self.per_page - 1)) * self.shapes.entry_bytes)
-
-    def fetch(self, j: Value) -> None:
-        """Ask for entry j to be brought near."""
-        place = self.at(j)
-        for line in range(0, self.shapes.entry_bytes, 64):
-            self.f.prefetch(place, line)
-
-    def unpack(self, first: Value, count: Value, index: Callable[[Value], Value], rows: Value, pairs: Value) -> None:
-        """A block of keys in both forms: entries index(first), index(first + 1), ... while below `count`, then zeros."""
-        f, codes = self.f, self.shapes.dim - self.shapes.rotary
-        for pair in f.range(KEYS // 2):
-            places = []
-            for side in range(2):
-                i = first + pair * 2 + side
-                inside = i < count
-                places.append(inside.choose(self.at(index(i.min(count - 1))), self.zero))
-            row = f.at(rows, (pair >> 3) * (self.shapes.dim // 32 * TILE) + (pair & 7) * 128)
-            line = f.at(pairs, pair * 64)
-            for g in f.range(codes // QUANT_GROUP):
-                scales = [f.load(I8, p, g + (codes + 2 * self.shapes.rotary)) for p in places]
-                a, b = (self._decode(f.at(p, g * QUANT_GROUP), s) for p, s in zip(places, scales, strict=True))
-                for half in range(2):
-                    chunk = g * 2 + half
-                    _store_pair(f, f.at(row, chunk * TILE), f.at(line, chunk * (2 * TILE)), a[half], b[half])
-            for c in range(self.shapes.rotary // 32):
-                x, y = (f.load(_WORDS, p, codes + 64 * c) for p in places)
-                chunk = codes // 32 + c
-                _store_pair(f, f.at(row, chunk * TILE), f.at(line, chunk * 2 * TILE), x, y)
-
-    def _decode(self, place: Value, scale: Value) -> list[Value]:
-        """64 E4M3 codes times 2^(scale - 127) as BF16 words, exactly."""
-        f = self.f
-        if not self.isa.avx512:
-            return [self._decode_float(f.at(place, 32 * half), scale) for half in range(2)]
-        exponent = (scale.zext(I16) << 7).spread(32)
-        table = f.const(_WORDS, _SUBNORMAL * 4) + (exponent & f.const(_WORDS, [0, *7 * [-1]] * 4))
-        words = []
-        for half in range(2):
-            code = f.load(vec(32, I8), place, 32 * half).zext(_WORDS)
-            normal = ((code & 0x7F) << 4) + (exponent - (7 << 7))
-            small = f.call(_WORDS, "llvm.x86.avx512.permvar.hi.512", table, code)
-            words.append((code & 0x78).equals(0).choose(small, normal) | ((code & 0x80) << 8))
-        return words
-
-    def _decode_float(self, place: Value, scale: Value) -> Value:
-        """32 codes by way of FP32: a code's bits moved into place are its value times 2^-120, subnormals included."""
-        f, halves = self.f, []
-        factor = (scale.zext(I32) << 23).bits(F32).spread(16)
-        for half in range(2):
-            code = f.load(vec(16, I8), place, 16 * half).zext(_INTS)
-            value = ((code & 0x7F) << 20).bits(_VECTOR) * 2.0**120 * factor
-            halves.append(((value.bits(_INTS) | ((code & 0x80) << 24)) >> 16).trunc(vec(16, I16)))
-        return halves[0].pick(range(32), halves[1])
-
-
-def _store_pair(f: Function, row: Value, line: Value, a: Value, b: Value) -> None:
-    """32 channels of two neighbouring keys in both forms."""
-    f.store(a, row)
-    f.store(b, row, 64)
-    for half in range(2):
-        f.store(a.pick([16 * half + i // 2 + 32 * (i & 1) for i in range(32)], b), line, TILE * half)
-
-
-def _zero_entry(f: Function, shapes: Shapes) -> Value:
-    zero = f.scratch(shapes.entry_bytes + 64)
-    for line in range(0, shapes.entry_bytes, 64):
-        f.store(f.const(vec(64, I8), 0), zero, line)
-    return zero
-
-
-def _span_word(f: Function, span: Value, name: str) -> Value:
-    return f.load(I64, span, 8 * SPAN.index(name))
-
-
 def emit_attention(module: KernelModule, shapes: Shapes) -> None:
     """The kernels `unpack_entries` (words as in `UNPACK`) and, after it, `attend` (words as in `ATTEND`)."""
     with module.kernel("unpack_entries", UNPACK) as k:
-        _unpack_entries(k, shapes)
+        unpack_entries(k, shapes)
     with module.kernel("attend", ATTEND) as k:
         f, groups = k.f, shapes.head_groups
         configure(f, k.isa)
-        zero = _zero_entry(f, shapes)
+        zero = zero_entry(f, shapes)
         total = k.step("rows") * groups
         first, last = (total * (f["thread"] + i) / f["threads"] for i in range(2))
         for row in f.range((last + (groups - 1)) / groups, first / groups):
             low, high = (first - row * groups).max(0), (last - row * groups).min(groups)
             _Row(k, shapes, row, zero).attend(low, high)
         release(f, k.isa)
-
-
-def _unpack_entries(k: Kernel, shapes: Shapes) -> None:
-    """Spans whose first row still sees all entries: blocks of all spans are counted through and dealt to threads."""
-    f, ratio, topk = k.f, k.arg("ratio").max(1), k.arg("topk")
-    zero = _zero_entry(f, shapes)
-    dealt = f.var(f.const(I64, 0))
-    with f.when(k.arg("ratio") > 0):
-        for s in f.range(k.step("spans")):
-            span = f.at(k.step_ptr("span_table"), s * (8 * len(SPAN)))
-            start = _span_word(f, span, "start")
-            visible = (start + _span_word(f, span, "length")) / ratio
-            past = topk.differs(0) & ((start + 1) / ratio > topk)
-            count = past.choose(0, topk.equals(0).choose(visible, visible.min(topk)))
-            blocks = (count + (KEYS - 1)) >> 5
-            turn = (f["thread"] + f["threads"] - dealt.get() % f["threads"]) % f["threads"]
-            dealt.set(dealt.get() + blocks)
-            entries = _Entries(k, shapes, f.pointer(_span_word(f, span, "pages")), zero)
-            for b in f.range(blocks, turn, f["threads"]):
-                rows = f.pointer(_span_word(f, span, "entries") + b * shapes.block_bytes)
-                entries.unpack(b * KEYS, count, lambda i: i, rows, f.at(rows, shapes.block_bytes // 2))
 
 
 class _Row:
@@ -214,7 +102,7 @@ class _Row:
         self.k, self.isa, self.shapes, self.row = k, k.isa, shapes, row
         self.position = f.load(I64, k.step_ptr("positions"), row * 8)
         self.span = f.at(k.step_ptr("span_table"), f.load(I64, k.step_ptr("span_of"), row * 8) * (8 * len(SPAN)))
-        self.pool = _Entries(k, shapes, f.pointer(_span_word(f, self.span, "pages")), zero)
+        self.pool = Entries(k, shapes, f.pointer(span_word(f, self.span, "pages")), zero)
         ratio, topk = k.arg("ratio"), k.arg("topk")
         visible = (ratio > 0).choose((self.position + 1) / ratio.max(1), 0)
         self.selecting = (topk > 0) & (visible > topk)
@@ -261,10 +149,10 @@ class _Row:
         """Block i of the list: its rows, and its visible keys as a range; the place of its pairs goes to the table."""
         f, shapes, form = self.f, self.shapes, self.shapes.block_bytes // 2
         number = (self.low >> 5) + i
-        window = _span_word(f, self.span, "window")
-        ring = _span_word(f, self.span, "home") + self.k.arg("ring")
+        window = span_word(f, self.span, "window")
+        ring = span_word(f, self.span, "home") + self.k.arg("ring")
         base = window.equals(0).choose(ring, window)
-        length = window.equals(0).choose(shapes.ring_blocks, _span_word(f, self.span, "window_blocks"))
+        length = window.equals(0).choose(shapes.ring_blocks, span_word(f, self.span, "window_blocks"))
         rows = f.var(f.pointer(base + number % length * shapes.block_bytes))
         begin = f.var((self.low - number * KEYS).max(0))
         end = f.var((self.position + 1 - number * KEYS).min(KEYS))
@@ -273,7 +161,7 @@ class _Row:
         with f.when(far > -1):
             begin.set(0)
             end.set((self.count - far * KEYS).min(KEYS))
-            rows.set(f.pointer(_span_word(f, self.span, "entries") + far * shapes.block_bytes))
+            rows.set(f.pointer(span_word(f, self.span, "entries") + far * shapes.block_bytes))
             pairs.set(f.at(rows.get(), form))
             with f.when(self.selecting):
                 rows.set(self.part["rows"])
