@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers_pair import DTYPES, SMALL, build_peer, rate
 
+from hadal.train.memory import keep_freed_memory
+
 Step = Callable[[torch.Tensor], float]  # one forward and backward pass; returns the loss
 
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="Hadal's kernel table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both sides
     ids = torch.randint(3, SMALL["vocab_size"], (arguments.tokens,), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         build_peer().save_pretrained(folder)

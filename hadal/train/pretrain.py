@@ -27,6 +27,7 @@ from hadal.train.card import write_card
 from hadal.train.corpus import Document, corpus_files, generate_documents, is_held_out, read_attributions, read_corpus
 from hadal.train.data import Batch, Mix, Sampler, Store, assemble, build_store
 from hadal.train.loop import LoopConfig, Report, TrainingError, check_start, evaluate, train
+from hadal.train.memory import keep_freed_memory
 from hadal.train.optim import OptimConfig, Optimizer
 
 _TOKENIZER_BYTES = 3_000_000  # per source: a small vocabulary settles long before, and no source drowns the others
@@ -94,6 +95,7 @@ def run(config: PretrainConfig, say: Callable[[str], None] = print) -> Report:
     further = _settings(config)
     check_start(work, config.loop, config.resume, further)
     device = devices.resolve(config.device)
+    keep_freed_memory()
     loop = _with_workers(config.loop, device)
     model_config = scaled_config(config.scale)
     credits = read_attributions(config.corpus)

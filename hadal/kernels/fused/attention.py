@@ -4,7 +4,7 @@ Both passes walk over the same chunks of queries as large products; nothing of s
 objective is differentiated in the forward pass, so its scores are not kept either.
 
 Legend: T query tokens of the span, H heads, D head dim, t queries of a chunk, n keys of a chunk (window rows then
-entries), K window rows, C compressed entries, J indexer heads, E indexer dim. Source: report 2.3.3, training.md 1.7.
+entries), K window rows, C compressed entries. Source: report 2.3.3, training.md 1.7.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hadal.kernels.fused.grad import wants_grad, wide
-from hadal.kernels.keys import Attended, IndexerLoss, IndexQuery
+from hadal.kernels.keys import Attended, IndexerLoss
 from hadal.kernels.numerics import Numerics
 from hadal.kernels.reference import attention as reference
-from hadal.kernels.reference.compress import select_topk
+from hadal.kernels.reference.compress import index_scores, select_topk
 
 CHUNK = 128  # queries per chunk; fewer waste less of a window's band, more fill the matrix units
 CHUNK_LOGITS = 1 << 18  # logits of a chunk, so that they stay in cache between two products
@@ -61,10 +61,13 @@ class _Chunk:
         band = window_KD[self.low : self.high]
         return band if entries_CD is None else torch.cat((band, entries_CD[: self.visible]))
 
+    def index_rows(self, q_THD: Tensor, weight_TH: Tensor, keys_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The indexer's queries, weights and keys that the chunk needs."""
+        return q_THD[self.a : self.b], weight_TH[self.a : self.b], keys_CD[: self.visible]
+
     def hidden(self, chosen_tC: Tensor | None) -> Tensor:
         """[t, n], where a query may not look."""
-        chosen = self.complete if chosen_tC is None else chosen_tC
-        return self.outside if chosen is None else torch.cat((self.outside, ~chosen), dim=1)
+        return self.outside if chosen_tC is None else torch.cat((self.outside, ~chosen_tC), dim=1)
 
 
 def _chunks(keys: Attended, total: int, heads: int, device: torch.device) -> Iterator[_Chunk]:
@@ -104,33 +107,39 @@ class _Attention(torch.autograd.Function):
         sink = sink_H.to(sums)
         out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         selections: list[Tensor | None] = []
-        objective = None if index_q is None else _Objective(keys.index, sums)
+        learned = [x for x in (index_q, index_weight, index_keys) if x is not None]
+        index_grads, kept = [torch.zeros_like(x) for x in learned], IndexerLoss()
         for c in _chunks(keys, total, heads, q_THD.device):
-            dots = scores = chosen = None
-            if keys.index is not None and c.complete is not None:
-                topk = keys.index.topk
-                if objective is not None or c.visible > topk:
-                    dots = _dots(keys.index, c)
-                    scores = (dots * keys.index.weight_TH[c.a : c.b].unsqueeze(-1)).sum(1)
-                    scores.masked_fill_(~c.complete, float("-inf"))
-                    chosen = select_topk(scores, topk) if c.visible > topk else None
+            chosen, scores, leaves = c.complete, None, []
+            if keys.index is not None and chosen is not None and (learned or c.visible > keys.index.topk):
+                # Differentiated here and now, so that no scores are kept; the objective's gradient is only a factor.
+                leaves = [
+                    x.detach().requires_grad_(bool(learned))
+                    for x in c.index_rows(keys.index.q_THD, keys.index.weight_TH, keys.index.keys_CD)
+                ]
+                with torch.enable_grad():
+                    scores = index_scores(leaves[0], leaves[1], leaves[2], (c.position[:, 0] + 1) // keys.ratio)
+                if c.visible > keys.index.topk:
+                    chosen = select_topk(scores.detach(), keys.index.topk)
             selections.append(chosen)
             kv = c.rows(window, entries)
             q = scaled[c.a : c.b].copy_(q_THD[c.a : c.b] * dim**-0.5).view(-1, dim)
             p = _probabilities(q, kv, c.hidden(chosen), sink)[..., :-1]
             out[c.a : c.b] = (p.to(product).view(-1, len(kv)) @ kv).view(-1, heads, dim)
-            if objective is not None and dots is not None and scores is not None and c.complete is not None:
-                visible = c.complete if chosen is None else chosen
-                objective.add(c, dots, scores, p[..., c.high - c.low :], visible)
-        grads = () if objective is None else objective.gradients()
-        ctx.save_for_backward(scaled, window, entries, sink, *grads)
+            if learned and scores is not None and chosen is not None and bool(chosen.any()):
+                with torch.enable_grad():
+                    reference.add_indexer_loss(kept, p[..., c.high - c.low :], scores, chosen)
+                grads = torch.autograd.grad(kept.kl[-1], leaves)
+                kept.kl[-1] = kept.kl[-1].detach()
+                for summed, grad in zip(c.index_rows(*index_grads), grads, strict=True):
+                    summed += grad
+        ctx.save_for_backward(scaled, window, entries, sink, *index_grads)
         ctx.keys, ctx.selections = keys, selections
         ctx.types = (q_THD.dtype, window_KD.dtype, entries_CD.dtype if entries_CD is not None else None, sink_H.dtype)
         ctx.set_materialize_grads(False)
-        zero = sink.new_zeros(())
-        kl, uniform, queries = (zero, zero.clone(), 0) if objective is None else objective.totals()
+        kl, uniform = (torch.stack(x).sum() if x else sink.new_zeros(()) for x in (kept.kl, kept.uniform))
         ctx.mark_non_differentiable(uniform)
-        return out, kl, uniform, queries
+        return out, kl, uniform, kept.queries
 
     @staticmethod
     def backward(
@@ -166,51 +175,3 @@ class _Attention(torch.autograd.Function):
                 dentries[: c.visible] += dkv[c.high - c.low :]
         narrow = None if dentries is None else dentries.to(ctx.types[2])
         return dq, dwindow.to(ctx.types[1]), narrow, dsink.to(ctx.types[3]), *learned, None, None
-
-
-def _dots(index: IndexQuery, c: _Chunk) -> Tensor:
-    """relu(q . k), [t, J, visible]."""
-    q = index.q_THD[c.a : c.b]
-    return (q.reshape(-1, q.shape[2]) @ index.keys_CD[: c.visible].T).relu_().view(len(q), q.shape[1], -1)
-
-
-class _Objective:
-    """KL(attention over the chosen entries || softmax of the index scores) and its gradient, chunk by chunk."""
-
-    def __init__(self, index: IndexQuery | None, sums: torch.dtype) -> None:
-        assert index is not None
-        self._index = index
-        self._dq = torch.zeros_like(index.q_THD)
-        self._dweight = torch.zeros_like(index.weight_TH)
-        self._dkeys = torch.zeros_like(index.keys_CD)
-        self._kl = torch.zeros((), dtype=sums, device=index.q_THD.device)
-        self._uniform = self._kl.clone()
-        self._queries = 0
-
-    def add(self, c: _Chunk, dots_tJC: Tensor, scores_tC: Tensor, p_tHC: Tensor, chosen_tC: Tensor) -> None:
-        """Count a chunk; queries that see no entry count nothing."""
-        index, hidden = self._index, ~chosen_tC
-        blind = hidden.all(-1, keepdim=True)
-        mass = p_tHC.sum(1).masked_fill_(hidden, 0.0)
-        teacher = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
-        logits = scores_tC.to(teacher.dtype).masked_fill(hidden & ~blind, float("-inf")).masked_fill_(blind, 0.0)
-        log_student = torch.log_softmax(logits, dim=-1)
-        log_teacher = teacher.clamp(min=1e-20).log()
-        self._kl += (teacher * (log_teacher - log_student).masked_fill_(hidden, 0.0)).sum()
-        count = chosen_tC.sum(-1, keepdim=True).clamp(min=1).to(teacher.dtype)
-        self._uniform += (teacher * (log_teacher + count.log())).sum()
-        self._queries += int((~blind).sum())
-        slope = log_student.exp_().mul_(teacher.sum(-1, keepdim=True)).sub_(teacher).masked_fill_(hidden, 0.0)
-        slope = slope.to(dots_tJC.dtype).unsqueeze(1)
-        self._dweight[c.a : c.b] = (dots_tJC * slope).sum(-1)
-        ddots = (slope * index.weight_TH[c.a : c.b].unsqueeze(-1)).mul_(dots_tJC > 0).flatten(0, 1)
-        self._dq[c.a : c.b] = (ddots @ index.keys_CD[: c.visible]).view_as(self._dq[c.a : c.b])
-        self._dkeys[: c.visible].addmm_(ddots.T, index.q_THD[c.a : c.b].reshape(-1, index.q_THD.shape[2]))
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of queries, weights and keys."""
-        return self._dq, self._dweight, self._dkeys
-
-    def totals(self) -> tuple[Tensor, Tensor, int]:
-        """Summed KL, the same of a uniform choice, and the queries that had a choice."""
-        return self._kl, self._uniform, self._queries

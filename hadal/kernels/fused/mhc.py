@@ -30,21 +30,6 @@ def stream_maps(
     return gates[:, 0] + eps, 2 * gates[:, 1], comb
 
 
-def collapse_map(x_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:
-    """As the reference."""
-    if not (_fits(x_TND) and wants_grad(x_TND, fn, base, scale)):
-        return reference.collapse_map(x_TND, fn, base, scale, eps=eps, norm_eps=norm_eps)
-    return torch.sigmoid(_Project.apply(x_TND, fn, norm_eps) * scale + base) + eps
-
-
-def mix_in(x_TND: Tensor, pre_TN: Tensor) -> Tensor:
-    """As the reference."""
-    if not (_fits(x_TND) and wants_grad(x_TND, pre_TN)):
-        return reference.mix_in(x_TND, pre_TN)
-    out: Tensor = _MixIn.apply(x_TND, pre_TN)
-    return out
-
-
 def mix_out(x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
     """As the reference."""
     if not (_fits(x_TND) and wants_grad(x_TND, y_TD, post_TN, comb_TNN)):
@@ -109,21 +94,6 @@ class _Sinkhorn(torch.autograd.Function):
             grad.sub_(product.sum(axis, keepdim=True)).div_(s)
         dlogits = torch.ops.aten._softmax_backward_data(grad, soft, 1, soft.dtype)
         return dlogits.permute(2, 0, 1), None, None
-
-
-class _MixIn(torch.autograd.Function):
-    """sum_n pre[n] x[n], [T, d]."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TND: Tensor, pre_TN: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TND, pre_TN)
-        return torch.bmm(pre_TN.unsqueeze(1), x_TND).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
-        x_TND, pre_TN = ctx.saved_tensors
-        dpre = torch.bmm(grad_TD.unsqueeze(1), x_TND.transpose(1, 2)).squeeze(1)
-        return pre_TN.unsqueeze(2) * grad_TD.unsqueeze(1), dpre
 
 
 class _MixOut(torch.autograd.Function):

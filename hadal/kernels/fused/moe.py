@@ -34,9 +34,8 @@ def swiglu(
     """As the reference."""
     if quantise_input or not (_plain(w1, w2, w3) and wants_grad(x, weight, w1, w2, w3)):
         return reference.swiglu(x, w1, w2, w3, num, limit=limit, quantise_input=quantise_input, weight=weight)
-    product = num.matmul or x.dtype
     stacks = [w.unsqueeze(0) for w in (w1, w2, w3) if isinstance(w, Tensor)]
-    out: Tensor = _Swiglu.apply(x.to(product), weight, *stacks, [len(x)], limit)
+    out: Tensor = _Swiglu.apply(x, weight, *stacks, [len(x)], limit, num.matmul or x.dtype)
     return out.to(x.dtype)
 
 
@@ -56,76 +55,39 @@ def routed_experts(
     flat = ids_TK.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=len(w1)).tolist()
-    # Where each token's rows lie after sorting, by falling expert index as the reference adds them.
-    slots_TK = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    slots_TK = slots_TK.view(ids_TK.shape).sort(-1).values
     tokens_R = order // ids_TK.shape[1]
-    x_RD: Tensor = _Spread.apply(x_TD.to(num.matmul or x_TD.dtype), tokens_R, slots_TK)
     mixing = weights_TK.reshape(-1)[order].unsqueeze(-1)
-    y_RD = _Swiglu.apply(x_RD, mixing, w1, w2, w3, counts, limit)
-    out: Tensor = _Gather.apply(y_RD, tokens_R, slots_TK)
-    return out
+    y_RD = _Swiglu.apply(x_TD.index_select(0, tokens_R), mixing, w1, w2, w3, counts, limit, num.matmul or x_TD.dtype)
+    return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, tokens_R, y_RD)
 
 
 def _plain(*weights: Any) -> bool:
     return all(isinstance(w, Tensor) for w in weights)
 
 
-def _add_rows(y_RD: Tensor, slots_TK: Tensor) -> Tensor:
-    return F.embedding_bag(slots_TK, y_RD, mode="sum")
-
-
-class _Spread(torch.autograd.Function):
-    """Each token's row once per expert it goes to."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, tokens_R: Tensor, slots_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slots_TK)
-        return x_TD.index_select(0, tokens_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (slots_TK,) = ctx.saved_tensors
-        return _add_rows(grad_RD, slots_TK), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Sum of each token's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, tokens_R: Tensor, slots_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens_R)
-        return _add_rows(y_RD, slots_TK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        (tokens_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, tokens_R), None, None
-
-
 class _Swiglu(torch.autograd.Function):
     """Clamped SwiGLU of rows grouped by expert; keeps both branches before the clamp and recomputes the rest.
 
-    Products run in the type of `x_RD`, everything between them and the result in FP32.
+    Products run in `product`, everything between them and the result in FP32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_RD: Tensor, mixing_R1: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int],
-        limit: float,
+        limit: float, product: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        w13, w2p = torch.cat((w1.to(x_RD.dtype), w3.to(x_RD.dtype)), dim=1), w2.to(x_RD.dtype)
-        branches = x_RD.new_empty(len(x_RD), w13.shape[1])
+        x, w13, w2p = x_RD.to(product), torch.cat((w1.to(product), w3.to(product)), dim=1), w2.to(product)
+        branches = x.new_empty(len(x), w13.shape[1])
         out = torch.empty_like(x_RD, dtype=wide(x_RD.dtype))
         for expert, a, b in _groups(counts):
-            both = torch.mm(x_RD[a:b], w13[expert].T, out=branches[a:b])
+            both = torch.mm(x[a:b], w13[expert].T, out=branches[a:b])
             gate, up = _clamped(both, limit)
             h = F.silu(gate).mul_(up)
             if mixing_R1 is not None:
                 h.mul_(mixing_R1[a:b])
-            out[a:b] = h.to(x_RD.dtype) @ w2p[expert].T
-        ctx.save_for_backward(x_RD, mixing_R1, w13, w2p, branches)
-        ctx.counts, ctx.limit, ctx.weight_types = counts, limit, (w1.dtype, w2.dtype, w3.dtype)
+            out[a:b] = h.to(product) @ w2p[expert].T
+        ctx.save_for_backward(x, mixing_R1, w13, w2p, branches)
+        ctx.counts, ctx.limit, ctx.types = counts, limit, (x_RD.dtype, w1.dtype, w2.dtype, w3.dtype)
         return out
 
     @staticmethod
@@ -133,14 +95,10 @@ class _Swiglu(torch.autograd.Function):
         x, mixing, w13, w2, branches = ctx.saved_tensors
         product, width = x.dtype, w2.shape[2]
         grad = grad_RD.to(product)
-        dx = torch.empty_like(x, dtype=grad_RD.dtype)
+        dx = torch.empty_like(x, dtype=ctx.types[0])
         dmixing = None if mixing is None else torch.empty_like(mixing)
-        dw1, dw2, dw3 = (
-            torch.zeros(shape, dtype=dtype, device=x.device)
-            for shape, dtype in zip(
-                (w13[:, :width].shape, w2.shape, w13[:, width:].shape), ctx.weight_types, strict=True
-            )
-        )
+        shapes = w13[:, :width].shape, w2.shape, w13[:, width:].shape
+        dw1, dw2, dw3 = (x.new_zeros(s, dtype=t) for s, t in zip(shapes, ctx.types[1:], strict=True))
         for expert, a, b in _groups(ctx.counts):
             both, dy = branches[a:b], grad[a:b]
             gate, up = _clamped(both, ctx.limit)
@@ -164,7 +122,7 @@ class _Swiglu(torch.autograd.Function):
             dw2[expert] += dy.T @ h.to(product)
             dw1[expert] += narrow[:, :width].T @ x[a:b]
             dw3[expert] += narrow[:, width:].T @ x[a:b]
-        return dx.to(product), dmixing, dw1, dw2, dw3, None, None
+        return dx, dmixing, dw1, dw2, dw3, None, None, None
 
 
 def _groups(counts: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -77,7 +77,7 @@ def _attend_chunk(
     sink = sink_H.float().view(1, heads, 1).expand(b - a, heads, 1)
     p = torch.softmax(torch.cat((logits * scale + bias.unsqueeze(1), sink), dim=-1), dim=-1)[..., :-1]
     if loss is not None and scores is not None:
-        _add_indexer_loss(loss, p[..., high - low :].detach(), scores, chosen)
+        add_indexer_loss(loss, p[..., high - low :].detach(), scores, chosen)
     p = p.to(kv.dtype)
     near = kv.shape[0]
     out = (p[..., :near].reshape(-1, near) @ kv).view(b - a, heads, dim)
@@ -99,7 +99,7 @@ def _chunk_scores(index: IndexQuery, position: Tensor, ratio: int, visible: int,
     return index_scores(index.q_THD[a:b], index.weight_TH[a:b], index.keys_CD[:visible], (position + 1) // ratio)
 
 
-def _add_indexer_loss(loss: IndexerLoss, p_THC: Tensor, scores_TC: Tensor, chosen_TC: Tensor) -> None:
+def add_indexer_loss(loss: IndexerLoss, p_THC: Tensor, scores_TC: Tensor, chosen_TC: Tensor) -> None:
     """KL(attention over the chosen entries || softmax of the index scores), summed over queries that see an entry.
 
     The attention probabilities keep window keys and sink in their denominators, so a head that looks elsewhere counts
