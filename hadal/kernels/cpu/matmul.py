@@ -74,11 +74,13 @@ class _Expander:
             self._tables = [f.var(f.const(_BYTES, 0)) for _ in range(8)]
 
     def block(self, i: Value, to: Value) -> None:
-        """Expand block i into 2,048 bytes."""
+        """Expand block i into 2,048 bytes; one in BF16 is only fetched."""
         start = i * BLOCK_BYTES[self.form]
         place = self.f.at(self.panel, start + _head(self.blocks) if self.form == "fp8" else start)
         for line in range(0, BLOCK_BYTES[self.form], 64):  # the hardware's own prefetcher stops at every page
             self.f.prefetch(place, FETCH_AHEAD + line)
+        if self.form == "bf16":
+            return
         if self.form == "fp4":
             self._fp4(place, to)
         elif self.isa.avx512:
@@ -200,7 +202,8 @@ def _panel(
         here = f.at(out, done.get() * out_stride)
         ahead = None
         # One block of rows needs each expanded block once, so a few places in turn, which stay in the first cache, do.
-        mask = (rows > size).choose(f.const(I64, -1), RING - 1) if expander is not None else f.const(I64, -1)
+        turns = expander is not None and form != "bf16"
+        mask = (rows > size).choose(f.const(I64, -1), RING - 1) if turns else f.const(I64, -1)
 
         def place(i: Value) -> Value:
             return f.at(weight if form == "bf16" else scratch, (i & mask) * EXPANDED)
@@ -224,7 +227,7 @@ def _panel(
             finish_rows(k, epilogue, square, valid, here, out_stride, first + done.get())
         done.set(done.get() + size)
 
-    for fresh in (True, False) if form != "bf16" else (False,):
+    for fresh in (True, False):
         for position, size in enumerate(sizes):
             left = rows - done.get()
             last = position == len(sizes) - 1
