@@ -46,7 +46,9 @@ class Team:
     def run(self, jobs: np.ndarray, count: int, step: np.ndarray, threads: int | None = None) -> int:
         """Run the first `count` jobs of [*, 3] words for a step; returns how many threads took part."""
         assert jobs.dtype == np.int64 and jobs.shape[1] == JOB_WORDS and jobs.flags.c_contiguous
-        assert threads == 1 or jobs[count - 1, 2], "without a barrier at the end a helper may still be at work"
+        assert threads == 1 or not count or jobs[count - 1, 2], (
+            "without a barrier at the end a helper may still be at work"
+        )
         with self._busy:
             helpers = (torch.get_num_threads() if threads is None else threads) - 1
             while len(self._slots) < helpers:

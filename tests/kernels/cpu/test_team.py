@@ -64,7 +64,7 @@ class Program:
         return values
 
     def result(self) -> np.ndarray:
-        return self.values[(len(self.jobs) - 1) % 2]
+        return self.values[(len(self.jobs) - 1) % 2].copy()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -100,7 +100,7 @@ def test_a_sleeping_helper_is_woken_for_the_next_run() -> None:
         while any(slot[0] for slot in ours._slots):  # all asleep
             assert time.monotonic() < deadline, "a helper does not fall asleep"
             time.sleep(0.002)
-        took_part = []
+        took_part: list[int] = []
         while not took_part or took_part[-1] < 2:
             took_part.append(program.run(ours, 2, 2))
             assert np.array_equal(program.result(), expected)
