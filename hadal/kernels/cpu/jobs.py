@@ -60,6 +60,7 @@ class JobList:
         self.head_group = np.array([1, 0, 0, 0], np.int64)
         groups = [word for g in range(config.o_groups) for word in (g, 0, 0)]
         self.output_groups = np.array([config.o_groups, *groups], np.int64)
+        self.sites: dict[tuple[int, str], tuple[int, int]] = {}  # jobs from a site's input to its output
         self.after_layer: list[int] = []  # jobs after which the streams are a layer's output
         self.before_head = 0
         self.logits_width = 0
@@ -265,11 +266,15 @@ class _Builder:
         self.site("site_attention" if i else "site_first", f"{at}attn_norm", f"{at}hc_attn")
         if i:
             self.jobs.after_layer.append(self.jobs.count)
+        begun = self.jobs.count
         self._projections(at, layer, place)
         self._compress(at, layer, place)
         self._attend(at, layer, place)
+        self.jobs.sites[i, "attention"] = begun, self.jobs.count
         self.site("site_experts", f"{at}ffn_norm", f"{at}hc_ffn")
+        begun = self.jobs.count
         self._experts(at, layer)
+        self.jobs.sites[i, "experts"] = begun, self.jobs.count
 
     def _projections(self, at: str, layer: LayerSpec, place: LayerPlace) -> None:
         self.jobs.add("window_open", barrier=False, ring=place.ring)

@@ -109,6 +109,24 @@ class CpuRunner:
             done += rows
         return out, means.flatten(1) if taps else None
 
+    def site(self, layer: int, name: str, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        """One layer's "attention" or "experts" alone on given BF16 inputs of a fresh sequence, FP32 [T, d]."""
+        begin, end = self._jobs.sites[layer, name]
+        assert len(ids_T) <= MAX_ROWS
+        pieces = [_Piece(self.new_state(), 0, len(ids_T), True)]  # held: the jobs write into its memory
+        rows = self._prepare(pieces, ids_T.numpy())
+        self._team.run(self._jobs.table[:2], 2, self._step)  # angles and embedding
+        space, d = self._jobs.space, self.shapes.hidden
+        space["input"].rows(rows, d // 2)[:] = x_TD.to(torch.bfloat16).contiguous().view(torch.float32)
+        self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+        if name == "attention":
+            return space["site_value"].rows(rows, d).clone()
+        maps = space["maps"].rows(rows, 32)  # nothing of the streams, all of the output
+        maps.zero_()
+        maps[:, 4:8] = 1.0
+        self._team.run(self._jobs.table[self._jobs.before_head - 1 :], 1, self._step)
+        return space["streams"].rows(rows, d).clone()
+
     def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
         room = MAX_ROWS
         if any(layer.attention == "csa" for layer in self.config.layers):
