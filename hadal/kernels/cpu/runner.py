@@ -1,6 +1,6 @@
 """CpuRunner: the main layers and the head of a model as one list of jobs, run by one native call per step.
 
-A step holds at most `MAX_ROWS` packed rows; longer calls are cut into steps, which changes no bit.
+A step holds at most `max_rows` packed rows; longer calls are cut into steps, which changes no bit.
 
 Legend: T packed rows, S sequences, V vocabulary, N streams, d hidden.
 """
@@ -23,7 +23,9 @@ from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
 from hadal.kernels.cpu.weights import Lookup, plan_packing
 
-MAX_ROWS = 256
+MAX_ROWS = 256  # more would push intermediate values out of the second cache
+ROWS_PER_EXPERT = 32  # but an expert's weights are read once per step, and so few rows should share that
+MOST_ROWS = 2048
 _SCORE_BYTES = 1 << 26  # index scores held at once: behind long contexts a step takes fewer rows
 
 
@@ -50,14 +52,16 @@ class CpuRunner:
         self.config, self.isa = config, isa
         self.shapes = Shapes.of(config)
         self.places = place_layers(config, self.shapes)
+        wanted = ROWS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
+        self.max_rows = min(max(wanted, MAX_ROWS), MOST_ROWS)
         plan = plan_packing(config, lookup)
         packed, self._held = packed_weights(plan.items, identity)
         self._team = team(isa)
         self._jobs: JobList = build_jobs(
-            config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, MAX_ROWS
+            config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, self.max_rows
         )
-        self._arrays = {name: np.zeros(MAX_ROWS, np.int64) for name in ("ids", "positions", "span_of", "wanted")}
-        self._spans = np.zeros((MAX_ROWS, len(SPAN)), np.int64)
+        self._arrays = {name: np.zeros(self.max_rows, np.int64) for name in ("ids", "positions", "span_of", "wanted")}
+        self._spans = np.zeros((self.max_rows, len(SPAN)), np.int64)
         self._step = np.zeros(len(STEP), np.int64)
         for name, array in self._arrays.items():
             self._set(name, address(array))
@@ -112,7 +116,7 @@ class CpuRunner:
     def site(self, layer: int, name: str, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """One layer's "attention" or "experts" alone on given BF16 inputs of a fresh sequence, FP32 [T, d]."""
         begin, end = self._jobs.sites[layer, name]
-        assert len(ids_T) <= MAX_ROWS
+        assert len(ids_T) <= self.max_rows
         pieces = [_Piece(self.new_state(), 0, len(ids_T), True)]  # held: the jobs write into its memory
         rows = self._prepare(pieces, ids_T.numpy())
         self._team.run(self._jobs.table[:2], 2, self._step)  # angles and embedding
@@ -128,7 +132,7 @@ class CpuRunner:
         return space["streams"].rows(rows, d).clone()
 
     def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
-        room = MAX_ROWS
+        room = self.max_rows
         if any(layer.attention == "csa" for layer in self.config.layers):
             longest = max(state.position + length for state, length in zip(states, lengths, strict=True))
             room = max(1, min(room, _SCORE_BYTES // (4 * max(longest // 4, 1))))
