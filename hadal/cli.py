@@ -336,7 +336,7 @@ def train(
 @app.command()
 @_one_sentence_errors
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine offers: versions, devices, threads, free memory."""
+    """Show what this machine offers: versions, devices, threads, free memory, and which kernels run here and why."""
     import os
     import platform
 
@@ -344,12 +344,13 @@ def doctor(as_json: AsJson = False) -> None:
 
     from hadal import __version__
     from hadal.device import available, memory_available, resolve
+    from hadal.kernels.describe import describe
 
     facts: dict[str, Any] = {"hadal": __version__, "python": platform.python_version(), "torch": torch.__version__}
     facts |= {"system": f"{platform.system()} {platform.machine()}", "cpu_count": os.cpu_count()}
     facts |= {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     facts |= {"devices": list(available())}
-    facts |= {f"free_memory_{name}": memory_available(resolve(name)) for name in available()}
+    facts |= {f"free_memory_{name}": memory_available(resolve(name)) for name in available()} | describe()
     _print_facts(facts, as_json)
 
 

@@ -46,8 +46,9 @@ def unsupported(config: ModelConfig) -> str | None:
 def chosen_kernels() -> dict[str, str]:
     """What computes each part of a model in `fast` mode on this processor, and why."""
     isa, reason = detect()
-    parts = ("products with FP4, FP8 and BF16 weights", "lightning indexer", "norms, rotations, mixing, routing")
+    parts = ("products with FP8 and BF16 weights, attention", "lightning indexer", "norms, rotations, mixing, routing")
     how = ("plain torch",) * 3 if isa is None else _HOW[isa.name]
-    chosen = {part: f"{name} ({reason})" for part, name in zip(parts, how, strict=True)}
-    chosen["attention"] = chosen[parts[0]]
-    return chosen
+    chosen = dict(zip(parts, how, strict=True))
+    whole = isa is None or isa.amx  # tile registers make BF16 as fast as int8, and exact
+    chosen["products with FP4 weights"] = how[0] if whole else "integer dot products, activations in int8"
+    return {part: f"{name} ({reason})" for part, name in chosen.items()}
