@@ -7,182 +7,20 @@ shared expert · routing · experts · their sum, which the next layer's first j
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hadal.config import LayerSpec, ModelConfig
-from hadal.kernels.cpu import attention, compress, indexer, int8, matmul, route, rows
-from hadal.kernels.cpu.layout import STEP, LayerPlace, Places, Shapes, tail_shape
-from hadal.kernels.cpu.memory import Scratch, address, buffer
-from hadal.kernels.cpu.program import KernelModule
-from hadal.kernels.cpu.target import Isa, Library
+from hadal.kernels.cpu import indexer, int8, matmul, route, rows
+from hadal.kernels.cpu.emission import compiled_kernels, epilogue_of
+from hadal.kernels.cpu.joblist import LINE, JobList, Space
+from hadal.kernels.cpu.layout import LayerPlace, Places, Shapes, tail_shape
+from hadal.kernels.cpu.memory import address
+from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.weights import Lookup, Plan
-
-_LINE = 64
-
-
-def row_stride(nbytes: int) -> int:
-    """Bytes from row to row: an odd number of cache lines, so that rows do not fall on the same sets."""
-    lines = -(-nbytes // _LINE)
-    return (lines + 1 - lines % 2) * _LINE
-
-
-class Space:
-    """Rows of a step's intermediate values."""
-
-    def __init__(self, width: int, count: int) -> None:
-        self.stride = row_stride(width)
-        self._bytes = buffer(self.stride * count)
-        self.address = address(self._bytes)
-
-    def rows(self, count: int, width: int) -> Tensor:
-        """The first rows as FP32 [count, width]."""
-        whole = self._bytes.view(np.float32).reshape(-1, self.stride // 4)
-        return torch.from_numpy(whole[:count, :width])
-
-
-class JobList:
-    """Jobs being collected, then the table that a team runs.
-
-    Words that change from step to step are named in `_dynamic` and set by `set`; group tables hold (matrix, first row,
-    rows) and are filled by the runner.
-    """
-
-    def __init__(self, isa: Isa, config: ModelConfig, shapes: Shapes, max_rows: int) -> None:
-        self.isa, self.config, self.shapes, self.max_rows = isa, config, shapes, max_rows
-        self.space: dict[str, Space] = {}
-        self.plain_group = np.array([1, 0, 0, 0], np.int64)
-        self.head_group = np.array([1, 0, 0, 0], np.int64)
-        groups = [word for g in range(config.o_groups) for word in (g, 0, 0)]
-        self.output_groups = np.array([config.o_groups, *groups], np.int64)
-        self.sites: dict[tuple[int, str], tuple[int, int]] = {}  # jobs from a site's input to its output
-        self.after_layer: list[int] = []  # jobs after which the streams are a layer's output
-        self.before_head = 0
-        self.logits_width = 0
-        self._expander_bytes = 0
-        self._held: list[Any] = []
-        self._jobs: list[tuple[str, np.ndarray, bool]] = []
-        self._dynamic: dict[str, list[tuple[np.ndarray, int]]] = {}
-        self._arguments: dict[str, list[str]] = {}
-
-    @property
-    def count(self) -> int:
-        """Number of jobs."""
-        return len(self._jobs)
-
-    def rows(self, name: str, width: int, count: int | None = None) -> Space:
-        """The space of that name, made when first asked for; it has room behind the last row."""
-        if name not in self.space:
-            self.space[name] = Space(width, (count or self.max_rows) + matmul.ROW_PADDING)
-        assert self.space[name].stride >= width, name
-        return self.space[name]
-
-    def hold(self, values: Tensor) -> int:
-        """The address of a constant, copied so that kernels may read past its end."""
-        data = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        copy = buffer(len(data))
-        copy[:] = data
-        self._held.append(copy)
-        return address(copy)
-
-    def add(self, kernel: str, *, barrier: bool = True, **words: int | float | str) -> None:
-        """Append a job; a word that is a text is dynamic and set later under that name."""
-        names = self._arguments[kernel]
-        assert sorted(words) == sorted(names), (kernel, sorted(words), sorted(names))
-        array = np.zeros(max(len(names), 1), np.int64)
-        for i, name in enumerate(names):
-            value = words[name]
-            if isinstance(value, str):
-                self._dynamic.setdefault(value, []).append((array, i))
-            else:
-                array[i] = struct.unpack("<i", struct.pack("<f", value))[0] if isinstance(value, float) else value
-        self._jobs.append((kernel, array, barrier))
-
-    def set(self, name: str, value: int) -> None:
-        """Give a dynamic word its value in every job that has it."""
-        for array, i in self._dynamic.get(name, ()):
-            array[i] = value
-
-    def finish(self, library: Library) -> None:
-        """Look up the kernels' addresses."""
-        self._held.append(library)
-        self.table = np.array(
-            [[library.address(name), address(array), barrier] for name, array, barrier in self._jobs], np.int64
-        )
-
-    def note_product(self, blocks: int) -> None:
-        """Remember the widest product, whose expanded panel must fit into a thread's scratch."""
-        self._expander_bytes = max(self._expander_bytes, blocks * matmul.EXPANDED)
-
-    def thread_bytes(self, end: int) -> int:
-        """Scratch that one thread needs when the longest sequence ends at position `end`."""
-        return max(self._expander_bytes, attention.scratch_bytes(self.shapes, self._most_entries(end)))
-
-    def entry_bytes(self, end: int) -> int:
-        """Bytes into which one sequence's visible entries are unpacked."""
-        return attention.entries_bytes(self.shapes, self._most_entries(end))
-
-    def _most_entries(self, end: int) -> int:
-        counts = [0]
-        for layer in self.config.layers:
-            if layer.ratio:
-                visible = end // layer.ratio
-                counts.append(min(visible, self.shapes.topk) if layer.attention == "csa" else visible)
-        return max(counts)
-
-    def set_scores(self, scratch: Scratch, rows: int, end: int) -> None:
-        """Make room for index scores of `rows` rows."""
-        ratios = [layer.ratio for layer in self.config.layers if layer.attention == "csa"]
-        if ratios:
-            stride = (end // min(ratios) + 64) // 64 * 256
-            self.set("scores", scratch.reserve(rows * stride))
-            self.set("scores_stride", stride)
-
-
-def emit_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> KernelModule:
-    """All kernels that a model of these shapes and matrices needs."""
-    module = KernelModule(isa, STEP)
-    rows.emit_embed(module, shapes)
-    rows.emit_angles(module, shapes)
-    for name, after, before in (
-        ("site_first", "none", True),
-        ("site_experts", "attention", True),
-        ("site_attention", "experts", True),
-        ("site_last", "experts", False),
-    ):
-        rows.emit_site(module, shapes, name, after=after, before=before)
-    rows.emit_collapse(module, shapes)
-    rows.emit_latent(module, shapes)
-    rows.emit_window_copies(module, shapes)
-    rows.emit_heads(module, shapes)
-    route.emit_route(module, shapes)
-    route.emit_group(module, shapes)
-    route.emit_gather(module, shapes)
-    attention.emit_attention(module, shapes)
-    if any(".compressor" in name for name in plan.matrices):
-        compress.emit_compress(module, shapes, "entries")
-        compress.emit_keep_tail(module)
-    if any(".indexer." in name for name in plan.matrices):
-        compress.emit_compress(module, shapes, "keys")
-        indexer.emit_index_query(module, shapes)
-        indexer.emit_index_score(module, shapes)
-        indexer.emit_index_select(module, shapes)
-    for form, epilogue in sorted({(m.form, _epilogue(m.name)) for m in plan.matrices.values()}):
-        matmul.emit_products(module, form, epilogue)
-        if form == "fp4" and not isa.amx:
-            int8.emit_products_int8(module, epilogue)
-    if "product_int8_f32" in module.arguments:
-        int8.emit_quantise(module)
-    return module
-
-
-def _epilogue(name: str) -> matmul.Epilogue:
-    return "swiglu" if name.endswith(".in") else "bf16" if name.endswith("wo_a") else "f32"
 
 
 class _Builder:
@@ -225,8 +63,9 @@ class _Builder:
         matrix = self.plan.matrices[name]
         self.jobs.note_product(matrix.blocks)
         panels = panels or matrix.panels
+        form = "int8" if integers else matrix.form
         self.jobs.add(
-            f"product_{'int8' if integers else matrix.form}_{_epilogue(name)}", barrier=barrier, weight=self.packed[name],
+            f"product_{form}_{epilogue_of(name)}", barrier=barrier, weight=self.packed[name],
             weight_step=panels * matrix.nbytes // matrix.panels, rows=source.address, row_stride=source.stride,
             row_step=row_step, out=out.address, out_stride=out.stride, out_step=out_step, panels=panels,
             blocks=matrix.blocks, groups=groups if isinstance(groups, int) else address(groups), scratch="scratch",
@@ -398,7 +237,7 @@ class _Builder:
         gathered = jobs.rows("gathered", rows_in, self.slot_rows)
         jobs.add("gather", slots=self.slots, weights=self.weights, rows=source.address, row_stride=source.stride,
                  out=gathered.address, out_stride=gathered.stride, mixing=self.mixing,
-                 lines=-(-rows_in // _LINE))  # fmt: skip
+                 lines=-(-rows_in // LINE))  # fmt: skip
         hidden = jobs.rows("expert_hidden", -(-width // 32) * 64, self.slot_rows)
         self.product(into, gathered, hidden, self.groups, mixing=self.mixing, integers=integers)
         out = jobs.rows("expert_out", self.plan.matrices[back].panels * 128, self.slot_rows)
@@ -449,12 +288,11 @@ def build_jobs(
 ) -> JobList:  # fmt: skip
     """The compiled job list of a model; `packed` are the addresses of its packed matrices."""
     jobs = JobList(isa, config, shapes, max_rows)
-    module = emit_kernels(isa, shapes, plan)
-    jobs._arguments = module.arguments
+    jobs.words, library = compiled_kernels(isa, shapes, plan)
     builder = _Builder(jobs, plan, packed, lookup, frequencies)
     builder.start()
     for i, (layer, place) in enumerate(zip(config.layers, places.layers, strict=True)):
         builder.layer(i, layer, place)
     builder.head()
-    jobs.finish(Library(module.text(), isa))
+    jobs.finish(library)
     return jobs

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hadal.config import ModelConfig
-from hadal.kernels.cpu.jobs import JobList, build_jobs
+from hadal.kernels.cpu.joblist import JobList
+from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
 from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_weights
 from hadal.kernels.cpu.target import Isa

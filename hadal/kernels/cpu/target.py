@@ -128,27 +128,39 @@ def assembly(text: str, isa: Isa) -> str:
 
 
 class Library:
-    """Compiled functions by name."""
+    """Compiled functions by name; the object is kept under `key`, or under a digest of the text."""
 
-    def __init__(self, text: str, isa: Isa) -> None:
+    def __init__(self, text: str | None, isa: Isa, key: str = "") -> None:
         import llvmlite.binding as llvm
 
-        key = hashlib.sha256(f"{llvm.llvm_version_info}{isa}{text}".encode()).hexdigest()[:32]
-        kept = cache_folder() / "kernels" / f"{key}.o"
-        self.cached = kept.exists()
+        key = key or hashlib.sha256(f"{isa}{text}".encode()).hexdigest()[:32]
+        place = _object(key)
+        self.cached = place.exists()
         machine = _machine(isa)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        code = kept.read_bytes() if self.cached else machine.emit_object(_optimised(text, machine))
+        assert self.cached or text is not None, key
+        code = place.read_bytes() if self.cached else machine.emit_object(_optimised(str(text), machine))
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         if not self.cached:
-            keep(kept, code)
+            keep(place, code)
+
+    @staticmethod
+    def kept(key: str) -> bool:
+        """Whether an object is kept under a key."""
+        return _object(key).exists()
 
     def address(self, name: str) -> int:
         """The address of a function."""
         address: int = self._engine.get_function_address(name)
         assert address, name
         return address
+
+
+def _object(key: str) -> Path:
+    import llvmlite.binding as llvm
+
+    return cache_folder() / "kernels" / f"{key}-{'.'.join(map(str, llvm.llvm_version_info))}.o"
 
 
 def keep(path: Path, data: bytes) -> None:
