@@ -21,6 +21,7 @@ from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.source import Checkpoint, open_checkpoint
 from hadal.kernels import KernelTable
 from hadal.kernels.cpu import unsupported
+from hadal.kernels.cpu.target import detect
 from hadal.model import Model, Numerics
 from hadal.model.runner import build_runner
 from hadal.quant import PackedWeight
@@ -67,11 +68,14 @@ def load_model(
 
     `dtype` "auto" is the device's fast carrier (float32 on a CPU, bfloat16 elsewhere); `fake_quant` "auto" is True for
     bfloat16. float32 + False computes the exact architecture, float32 + True adds the official quantisers, bfloat16 +
-    True rounds exactly where the official code does. On a CPU "auto" for both means `fast`: the emitted kernels run
-    the model where they can (`hadal.kernels.cpu.unsupported` says why not), with BF16 products and an int8 indexer;
-    `backend` "reference" or "fused" asks for plain torch, "cpu" for these kernels or an error. `weights` "packed"
-    keeps FP4/FP8 as they lie in the file, "dense" expands them to `dtype`, which training needs; "auto" expands when
-    that takes less than half of the device's free memory.
+    True rounds exactly where the official code does; "auto" for both on a CPU is `fast`, with BF16 products and an int8
+    indexer. `weights` "packed" keeps FP4/FP8 as they lie in the file, "dense" expands them to `dtype`, which training
+    needs.
+
+    On a CPU `dtype` "auto" and "bfloat16" run on emitted kernels, the whole model or the operators of the kernel table
+    `cpu`; float32 has none. `backend` "auto" takes them where they exist (`hadal.kernels.cpu.unsupported` says why
+    not), keeps weights packed for them and leaves them out for dense ones; "cpu" takes them or raises; "reference" and
+    "fused" ask for plain torch, which expands weights where that takes less than half of the device's free memory.
     Raises CheckpointError, ConfigError or DeviceError, one sentence each.
     """
     target = devices.resolve(device)
@@ -81,10 +85,7 @@ def load_model(
     if weights not in ("auto", "packed", "dense"):
         raise CheckpointError(f"weights is {weights!r}; choose 'auto', 'packed' or 'dense'")
     checkpoint = open_checkpoint(locate_model(path_or_repo_or_name))
-    fast = dtype == "auto" and fake_quant != True and weights != "dense" and target.type == "cpu"  # noqa: E712
-    kernels = fast and backend in ("auto", "cpu") and _emitted_kernels(checkpoint, required=backend == "cpu")
-    if backend == "cpu" and not kernels:
-        raise CheckpointError("backend 'cpu' computes fast mode alone: device 'cpu', dtype 'auto', weights not 'dense'")
+    kernels = _emitted_kernels(checkpoint, target, dtype, carrier, fake_quant, backend, weights)
     numerics = Numerics(
         dtype=carrier,
         fake_quant=carrier == torch.bfloat16 if fake_quant == "auto" else fake_quant,
@@ -92,32 +93,51 @@ def load_model(
         quantised_experts=checkpoint.expert_format != "bf16",
     )
     if weights == "auto":
-        dense = _dense_bytes(checkpoint, carrier) < devices.memory_available(target) / 2
-        weights = "dense" if dense else "packed"
+        roomy = kernels is None and _dense_bytes(checkpoint, carrier) < devices.memory_available(target) / 2
+        weights = "dense" if roomy else "packed"
     with torch.device("meta"):
-        model = Model(checkpoint.config, numerics, "auto" if kernels else backend)
+        model = Model(checkpoint.config, numerics, {"runner": "auto", "table": "cpu"}[kernels] if kernels else backend)
     for parameter, specs in checkpoint.by_parameter():
-        stored = kernels and not parameter.startswith("draft")
+        stored = kernels == "runner" and not parameter.startswith("draft")
         packed = stored or weights == "packed"
         value = _value(checkpoint, specs, None if stored else carrier, target, packed=packed)
         place_parameter(model, parameter, value)
     unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not unfilled, f"parameters without a tensor: {unfilled[:3]}"
     _sources[model] = checkpoint
-    if kernels:
+    if kernels == "runner":
         model.runner = build_runner(model, checkpoint.identity())
     return model
 
 
-def _emitted_kernels(checkpoint: Checkpoint, *, required: bool) -> bool:
-    """Whether the emitted CPU kernels can run a checkpoint; CheckpointError when they must and cannot."""
-    reason = unsupported(checkpoint.config)
-    wide = next((s.name for s in checkpoint.table if checkpoint.entries[s.name].dtype == "F32" != s.dtype), None)
-    if reason is None and wide is not None:
-        reason = f"{wide} is stored in FP32, and their products take BF16"
-    if reason is not None and required:
+def _emitted_kernels(
+    checkpoint: Checkpoint, device: torch.device, dtype: str | torch.dtype, carrier: torch.dtype,
+    fake_quant: bool | Literal["auto"], backend: str | KernelTable, weights: str,
+) -> Literal["runner", "table"] | None:  # fmt: skip
+    """Which emitted kernels run a model; CheckpointError when they are asked for and cannot."""
+    if backend not in ("auto", "cpu"):
+        return None
+    form: Literal["runner", "table"] = "table" if carrier == torch.bfloat16 else "runner"
+    reason = None
+    if device.type != "cpu":
+        reason = f"its device is '{device}'"
+    elif form == "table":
+        reason = detect()[1] if detect()[0] is None else None
+    elif dtype != "auto" or fake_quant is True:
+        reason = "float32 has none; leave dtype and fake_quant at 'auto' or choose 'bfloat16'"
+    else:
+        reason = unsupported(checkpoint.config) or _stored_wide(checkpoint)
+    if weights == "dense" and (form == "runner" or backend == "auto"):
+        reason = reason or "weights is 'dense'"
+    if reason is not None and backend == "cpu":
         raise CheckpointError(f"the emitted CPU kernels cannot run this model: {reason}; use backend 'reference'")
-    return reason is None
+    return form if reason is None else None
+
+
+def _stored_wide(checkpoint: Checkpoint) -> str | None:
+    """Why the products of a runner cannot take a checkpoint's weights."""
+    wide = next((s.name for s in checkpoint.table if checkpoint.entries[s.name].dtype == "F32" != s.dtype), None)
+    return None if wide is None else f"{wide} is stored in FP32, and their products take BF16"
 
 
 def source_of(model: Model) -> Checkpoint | None:

@@ -24,6 +24,7 @@ class KernelTable:
     name: str
     linear: Operator
     linear_f32: Operator
+    linear_groups: Operator
     rms_norm: Operator
     head_norm: Operator
     rotate: Operator
@@ -48,16 +49,34 @@ class KernelTable:
         return {name: f"{f.__module__}.{f.__qualname__}" for name, f in chosen.items()}
 
 
-BACKENDS = ("reference", "fused")
+BACKENDS = ("reference", "fused", "cpu")
 
 
 def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
-    """The operators of a backend, or the table given; "auto" takes the fastest one that runs on this machine."""
+    """The operators of a backend, or the table given; "auto" is "fused", which runs everywhere.
+
+    "cpu" is `fused` with emitted kernels for the products of BF16 rows. Raises KernelError where it cannot run.
+    """
     if isinstance(backend, KernelTable):
         return backend
     if backend not in ("auto", *BACKENDS):
         raise KernelError(f"no kernel backend {backend!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
+    if backend == "cpu":
+        return _cpu()
     return _reference() if backend == "reference" else _fused()
+
+
+@cache
+def _cpu() -> KernelTable:
+    """The fused table with emitted kernels where they fit."""
+    from hadal.kernels.cpu import table
+    from hadal.kernels.cpu.target import detect
+
+    isa, reason = detect()
+    if isa is None:
+        raise KernelError(f"the kernel backend 'cpu' cannot run here: {reason}; choose 'auto'")
+    twins = {f.name: getattr(table, f.name) for f in fields(KernelTable) if hasattr(table, f.name)}
+    return replace(_fused(), name="cpu", **twins)
 
 
 @cache

@@ -128,16 +128,8 @@ class Attention(nn.Module):
 
     def project_out(self, o_THD: Tensor, rope_TR: tuple[Tensor, Tensor]) -> Tensor:
         """Undo the rotation at the query position, then project per group of heads and jointly [T, d]."""
-        groups, rank = self._config.o_groups, self._config.o_lora_rank
-        o = self._ops.rotate(o_THD, *rope_TR, inverse=True).reshape(o_THD.shape[0], groups, -1)
-        wo_a = self.wo_a if isinstance(self.wo_a, Tensor) else self.wo_a.dense(o.dtype)
-        weight = wo_a.view(groups, rank, -1)
-        # One product per group; the official code does not quantise this input.
-        if self._num.matmul is not None:  # apart, because one strided product of all would copy o in a slow way
-            sides = zip(o.to(self._num.matmul).unbind(1), weight.to(self._num.matmul).unbind(0), strict=True)
-            u = torch.cat([part @ w.T for part, w in sides], dim=1).to(o.dtype)
-        else:
-            u = torch.bmm(o.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        o = self._ops.rotate(o_THD, *rope_TR, inverse=True).reshape(o_THD.shape[0], self._config.o_groups, -1)
+        u = self._ops.linear_groups(o, self.wo_a, self._num)
         out: Tensor = self._ops.linear(u, self.wo_b, self._num, quantise_input=self._num.dense_inputs)
         return out
 

@@ -30,11 +30,12 @@ SHORT_CASES = ("t", "u")
 
 
 def load_golden(directory: Path, mode: str, backend: str | KernelTable = "auto") -> Model:
-    """The configuration's model in the numerics of a mode, on the CPU."""
+    """The configuration's model in the numerics of a mode, on the CPU; BF16 with the kernels that a user gets."""
     dtype, fake_quant = MODES[mode]
     return load_model(
-        directory / "checkpoint", device="cpu", dtype=dtype, fake_quant=fake_quant, backend=backend, weights="dense"
-    )
+        directory / "checkpoint", device="cpu", dtype=dtype, fake_quant=fake_quant, backend=backend,
+        weights="auto" if dtype == "bfloat16" else "dense",
+    )  # fmt: skip
 
 
 def case_names(directory: Path) -> list[str]:

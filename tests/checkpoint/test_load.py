@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hadal.checkpoint import CheckpointError, load_model, locate_model, source_of
+from hadal.kernels.cpu.target import detect
 from hadal.model import Model
 from hadal.quant import PackedWeight
 from tests.checkpoint.tiny import random_tensors, tiny_config, write_checkpoint
@@ -17,6 +18,7 @@ from tests.quant import oracle
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]
 MODES = [("float32", False), ("float32", True), ("bfloat16", True), ("bfloat16", False)]
+RUNS = [(*mode, "fused") for mode in MODES] + ([(*mode, "cpu") for mode in MODES[2:]] if detect()[0] else [])
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:
@@ -72,13 +74,13 @@ def test_packed_weights_are_the_stored_bytes_without_a_copy(official: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["official", "plain", "dspark"])
-@pytest.mark.parametrize(("dtype", "fake_quant"), MODES)
+@pytest.mark.parametrize(("dtype", "fake_quant", "backend"), RUNS)
 def test_packed_and_dense_compute_the_same(
-    request: pytest.FixtureRequest, name: str, dtype: str, fake_quant: bool
+    request: pytest.FixtureRequest, name: str, dtype: str, fake_quant: bool, backend: str
 ) -> None:
     path = request.getfixturevalue(name)
     logits = [
-        load_model(path, device="cpu", dtype=dtype, fake_quant=fake_quant, weights=weights).logits(IDS)
+        load_model(path, device="cpu", dtype=dtype, fake_quant=fake_quant, backend=backend, weights=weights).logits(IDS)
         for weights in ("packed", "dense", "auto")
     ]
     assert logits[0].isfinite().all() and logits[0].std() > 0.01
@@ -86,13 +88,15 @@ def test_packed_and_dense_compute_the_same(
 
 
 @pytest.mark.parametrize("name", ["flash_a", "pro_a", "bf16_a", "dspark_a"])
-@pytest.mark.parametrize(("dtype", "fake_quant"), MODES)
+@pytest.mark.parametrize(("dtype", "fake_quant", "backend"), RUNS)
 def test_golden_checkpoints_load_in_every_combination(
-    shared_dir: Path, name: str, dtype: str, fake_quant: bool
+    shared_dir: Path, name: str, dtype: str, fake_quant: bool, backend: str
 ) -> None:
     path = shared_dir / "golden" / name / "checkpoint"
-    packed = load_model(path, device="cpu", dtype=dtype, fake_quant=fake_quant, weights="packed").logits(IDS)
-    dense = load_model(path, device="cpu", dtype=dtype, fake_quant=fake_quant, weights="dense").logits(IDS)
+    packed, dense = (
+        load_model(path, device="cpu", dtype=dtype, fake_quant=fake_quant, backend=backend, weights=weights).logits(IDS)
+        for weights in ("packed", "dense")
+    )
     assert packed.isfinite().all() and torch.equal(packed, dense)
 
 

@@ -21,6 +21,7 @@ from hadal.kernels.reference.compress import index_scores, order_topk, select_to
 CHUNK = 128  # queries per chunk
 CHUNK_LOGITS = 1 << 24  # upper bound of logits held at once
 GATHER_FACTOR = 4  # gather selected entries once there are this many times more than the indexer keeps
+LISTED_VALUES = {"cpu": 1 << 21}  # gathered values held at once: few enough to stay in a processor's cache
 LIST_BLOCK = 64  # list entries per step of the official online softmax
 
 
@@ -128,7 +129,8 @@ def attend_listed(q_THD: Tensor, keys: Attended, sink_H: Tensor) -> Tensor:
     listed = keys.entries_CD.shape[0] if keys.entries_CD is not None else 0
     if keys.index is not None:
         listed = min(listed, keys.index.topk)
-    chunk = max(1, min(CHUNK, total, CHUNK_LOGITS // ((slots + listed) * max(dim, heads))))
+    room = LISTED_VALUES.get(q_THD.device.type, CHUNK_LOGITS)
+    chunk = max(1, min(CHUNK, total, room // ((slots + listed) * max(dim, heads))))
     out = [_attend_listed_chunk(q_THD, keys, sink_H, a, min(a + chunk, total)) for a in range(0, total, chunk)]
     return torch.cat(out)
 

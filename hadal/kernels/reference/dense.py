@@ -1,6 +1,6 @@
 """Projections, norms, rotations: the operators applied to every token on its own, in plain torch.
 
-Legend: T tokens, H heads, D head dim, R rotary dims.
+Legend: T tokens, H heads, D head dim, R rotary dims, G output groups, I width of a group.
 """
 
 from __future__ import annotations
@@ -30,6 +30,21 @@ def linear(x: Tensor, weight: Weight, num: Numerics, *, quantise_input: bool) ->
     if num.matmul is not None:
         return F.linear(x.to(num.matmul), weight.to(num.matmul)).to(x.dtype)
     return F.linear(x, weight)
+
+
+def linear_groups(x_TGI: Tensor, weight: Weight, num: Numerics) -> Tensor:
+    """Each group of columns by its own share of the weight's rows [G * rank, I] -> [T, G * rank], in the carrier.
+
+    The official code does not quantise this input.
+    """
+    groups, width = x_TGI.shape[1:]
+    dense = weight.dense(x_TGI.dtype) if isinstance(weight, PackedWeight) else weight
+    weight_GRI = dense.view(groups, -1, width)
+    if num.matmul is None:
+        return torch.bmm(x_TGI.transpose(0, 1), weight_GRI.transpose(1, 2)).transpose(0, 1).flatten(1)
+    # Apart, because one strided product of all would copy x in a slow way.
+    sides = zip(x_TGI.to(num.matmul).unbind(1), weight_GRI.to(num.matmul).unbind(0), strict=True)
+    return torch.cat([part @ w.T for part, w in sides], dim=1).to(x_TGI.dtype)
 
 
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:

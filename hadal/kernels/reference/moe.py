@@ -17,9 +17,14 @@ from hadal.kernels.reference.dense import Weight, linear, linear_f32
 
 def affinities(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Expert affinities sqrt(softplus(x W^T)) [T, E] in FP32."""
+    return roots_of_softplus(linear_f32(x_TD, weight_ED))
+
+
+def roots_of_softplus(logits: Tensor) -> Tensor:
+    """sqrt(softplus(x)) of FP32 values."""
     # The floor is far below any affinity that matters; without it an underflow to 0 has an infinite slope.
     # The root by rsqrt, because a CPU's vector library now and then answers torch.sqrt with 1e-4 of error.
-    soft = F.softplus(linear_f32(x_TD, weight_ED)).clamp_min(1e-30)
+    soft = F.softplus(logits).clamp_min(1e-30)
     return soft * torch.rsqrt(soft)
 
 
