@@ -77,9 +77,11 @@ def emit_runner(module: Module, isa: Isa) -> None:
 
     A barrier word counts arrivals and never goes back, so that a helper which leaves the last barrier late still finds
     it open. A slot holds one helper's state on its own cache line: 0 asleep, 1 idle, 2 engaged, 3 running; then the
-    words of `run`.
+    words of `run`. `result` receives the threads that took part, and at how many barriers the lead waited so long that
+    another must have been taken off its core.
     """
     words = {"jobs": PTR, "count": I64, "step": PTR, "barrier": PTR, "begun": I64, "thread": I64, "threads": I64}
+    words["late"] = PTR
     with module.function("run", words, exported=False) as f:
         passed = f.var(f["begun"])
         for i in f.range(f["count"]):
@@ -96,6 +98,8 @@ def emit_runner(module: Module, isa: Isa) -> None:
                     for loop in f.repeat_while():
                         loop.leave_unless(_atomic(f, f["barrier"]) < passed.get())
                         _pause(f, isa, turns)
+                    with f.when(turns.get() > YIELD_AFTER - 1):
+                        f.store(f.load(I64, f["late"]) + 1, f["late"])
     with module.function("serve", {"slot": PTR, "spins": I64}) as f:
         idle = f.var(f.const(I64, 0))
         turns = f.var(f.const(I64, 0))
@@ -120,6 +124,7 @@ def emit_runner(module: Module, isa: Isa) -> None:
             with f.when(_swap(f, slot, 1, 2)):
                 for place, value in enumerate((*(f[name] for name in common), begun, threads.get())):
                     f.store(value, slot, WORD * (1 + place))
+                f.store(f.at(slot, WORD * (2 + len(words))), slot, WORD * len(words))
                 threads.set(threads.get() + 1)
         for i in f.range(f["helpers"]):
             slot = f.load(PTR, f["slots"], i * WORD)
@@ -127,7 +132,9 @@ def emit_runner(module: Module, isa: Isa) -> None:
                 f.store(threads.get(), slot, 7 * WORD)
                 f.line(f"store atomic i64 3, ptr {slot.name} seq_cst, align 8")
         f.store(threads.get(), f["result"])
-        f.do("run", *(f[name] for name in common), begun, f.const(I64, 0), threads.get())
+        f.store(f.const(I64, 0), f["result"], WORD)
+        late = f.at(f["result"], WORD)
+        f.do("run", *(f[name] for name in common), begun, f.const(I64, 0), threads.get(), late)
 
 
 def _swap(f: Function, slot: Value, old: int, new: int) -> Value:

@@ -20,6 +20,7 @@ from hadal.kernels.cpu.program import JOB_WORDS, emit_runner
 from hadal.kernels.cpu.target import Isa, Library
 
 SPINS = 40_000  # turns of `serve` before a helper without work falls asleep
+_MOST_ALONE = 127  # runs without helpers after they were late again and again
 _LINE = 16  # words between the slots of two helpers
 
 _teams: dict[Isa, Team] = {}
@@ -39,7 +40,8 @@ class Team:
         self._places = np.zeros(0, np.int64)
         self._events: list[threading.Event] = []
         self._busy = threading.Lock()
-        self._total, self._barrier = np.ones(1, np.int64), _words(_LINE)
+        self._result, self._barrier = np.ones(2, np.int64), _words(_LINE)
+        self._alone = self._patience = 0  # runs still to be made without helpers, and how many the last lateness cost
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._dismiss)
 
@@ -51,6 +53,9 @@ class Team:
         )
         with self._busy:
             helpers = (torch.get_num_threads() if threads is None else threads) - 1
+            if threads is None and self._alone:
+                self._alone -= 1
+                helpers = 0
             while len(self._slots) < helpers:
                 self._hire()
             for slot, event in zip(self._slots[:helpers], self._events, strict=False):
@@ -58,9 +63,13 @@ class Team:
                     event.set()
             self._lead(
                 self._places.ctypes.data, helpers, jobs.ctypes.data, count, step.ctypes.data,
-                self._barrier.ctypes.data, self._total.ctypes.data,
+                self._barrier.ctypes.data, self._result.ctypes.data,
             )  # fmt: skip
-            return int(self._total[0])
+            if threads is None and self._result[0] > 1:
+                # A core that others need makes every barrier wait for the scheduler; alone the work is done sooner.
+                self._patience = min(2 * self._patience + 1, _MOST_ALONE) if self._result[1] else self._patience // 2
+                self._alone = self._patience
+            return int(self._result[0])
 
     def _hire(self) -> None:
         slot, event = _words(_LINE), threading.Event()
