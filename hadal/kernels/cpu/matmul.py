@@ -3,8 +3,9 @@
 A weight lies in panels of 32 output columns, a panel in blocks of 32 k. A block expands to the two B tiles of
 `tiles.multiply`, 2,048 bytes:
   bf16  these tiles as they are
-  fp8   the panel begins with two E8M0 bytes per 128 k, one per tile, padded to 64 bytes; a block is 1,024 E4M3 codes,
-        64 bytes for two pairs of k, byte 16l + 8h + i being word 8l + i of pair h
+  fp8   the panel begins with four bytes per 128 k, an E8M0 byte for each tile and, for each, whether it has a zero or
+        a subnormal, padded to 64 bytes; a block is 1,024 E4M3 codes, 64 bytes for two pairs of k, byte 2w + h being
+        word w of pair h
   fp4   per tile 16 E8M0 bytes, one per column, then 4 x 64 bytes: nibble i of word (column, parity) of vector q is
         the code of k = 2 (4q + i) + parity
 The expansion is exact: scales are powers of two. The first block of rows expands a panel into scratch while it
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, Function, Value, Variable, vec
+from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, Function, Value, vec
 from hadal.kernels.cpu.numbers import round_bf16, silu
 from hadal.kernels.cpu.program import Kernel, KernelModule
 from hadal.kernels.cpu.target import Isa
@@ -42,12 +43,13 @@ JOB = (
 )
 
 _BYTES, _WORDS, _VECTOR = vec(64, I8), vec(32, I16), vec(16, F32)
+_LIFT = 0x3F00  # added to BF16 bits below 0x40c0 it stays clear of the sign
 _E2M1_BF16 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]
 
 
 def head_bytes(form: Format, blocks: int) -> int:
     """Bytes of a panel before its first block."""
-    return -(-blocks // 128) * 64 if form == "fp8" else 0
+    return -(-blocks // 64) * 64 if form == "fp8" else 0
 
 
 def panel_bytes(form: Format, blocks: int) -> int:
@@ -65,96 +67,96 @@ def e4m3_words() -> np.ndarray:
 
 
 class _Expander:
-    """Emits the expansion of block i of a panel; keeps what stays the same between blocks."""
+    """Emits the expansion of block i of a panel."""
 
     def __init__(self, f: Function, isa: Isa, form: Format, panel: Value, blocks: Value) -> None:
         self.f, self.isa, self.form, self.panel, self.blocks = f, isa, form, panel, blocks
-        self._tables: list[Variable] = []
-        if form == "fp8" and isa.avx512:
-            self._tables = [f.var(f.const(_BYTES, 0)) for _ in range(8)]
 
     def block(self, i: Value, to: Value) -> None:
         """Expand block i into 2,048 bytes; one in BF16 is only fetched."""
-        start = i * BLOCK_BYTES[self.form]
-        place = self.f.at(self.panel, start + _head(self.blocks) if self.form == "fp8" else start)
+        f, start = self.f, i * BLOCK_BYTES[self.form]
+        place = f.at(self.panel, start + _head(self.blocks) if self.form == "fp8" else start)
         for line in range(0, BLOCK_BYTES[self.form], 64):  # the hardware's own prefetcher stops at every page
-            self.f.prefetch(place, FETCH_AHEAD + line)
+            f.prefetch(place, FETCH_AHEAD + line)
         if self.form == "bf16":
             return
         if self.form == "fp4":
             self._fp4(place, to)
-        elif self.isa.avx512:
-            self._fp8_tables(i)
-            self._fp8_lookup(place, to)
         else:
-            self._fp8_arithmetic(i, place, to)
+            for tile in range(2):
+                self._fp8(f.at(self.panel, (i >> 2) * 4 + tile), f.at(place, 512 * tile), f.at(to, TILE * tile))
 
     def _fp4(self, place: Value, to: Value) -> None:
         f = self.f
         for tile in range(2):
             at = f.at(place, tile * 272)
+            # A value's bits are lifted by _LIFT in the table and lowered by (_LIFT - scale) here; the subtraction stops
+            # at 0, which is where the lifted bits of zero begin.
             scale = (f.load(vec(16, I8), at).zext(vec(16, I16)) - 127) << 7
-            scale = scale.pick([i // 2 for i in range(32)])
+            lower = (f.const(vec(16, I16), _LIFT) - scale).pick([i // 2 for i in range(32)])
             for q in range(4):
                 codes = f.load(_WORDS, at, 16 + 64 * q)
                 for i in range(4):
-                    value = self._e2m1(codes >> (4 * i))
-                    out = (value & 0x7FFF).differs(0).choose(value + scale, f.const(_WORDS, 0))
-                    f.store(out, to, TILE * tile + 64 * (4 * q + i))
+                    value = f.call(_WORDS, "llvm.usub.sat.v32i16", self._e2m1(codes >> (4 * i)), lower)
+                    f.store(value, to, TILE * tile + 64 * (4 * q + i))
 
     def _e2m1(self, codes: Value) -> Value:
-        """BF16 words of the E2M1 codes in the low nibbles."""
+        """Lifted BF16 words of the E2M1 codes in the low nibbles, 0 for both zeros."""
         f = self.f
         if self.isa.avx512:
-            table = f.const(_WORDS, (_E2M1_BF16 + [w | 0x8000 for w in _E2M1_BF16]) * 2)
+            words = [w + _LIFT if w else 0 for w in _E2M1_BF16]
+            table = f.const(_WORDS, (words + [w + 0x8000 if w else 0 for w in words]) * 2)
             return f.call(_WORDS, "llvm.x86.avx512.permvar.hi.512", table, codes)
         magnitude, sign = codes & 7, (codes & 8) << 12
-        normal = (magnitude << 6) + (126 << 7)
-        half = magnitude.equals(1).choose(f.const(_WORDS, 126 << 7), normal)
-        return magnitude.equals(0).choose(f.const(_WORDS, 0), half) | sign
+        normal = (magnitude << 6) + ((126 << 7) + _LIFT)
+        half = magnitude.equals(1).choose(f.const(_WORDS, (126 << 7) + _LIFT), normal)
+        return magnitude.equals(0).choose(f.const(_WORDS, 0), half | sign)
 
-    def _fp8_tables(self, i: Value) -> None:
-        """High and low bytes of all codes with the scale of this 128 k folded in."""
-        f, wide = self.f, vec(64, I16)
-        words = e4m3_words()
-        with f.when((i & 3).equals(0)):
-            for tile in range(2):
-                scale = ((f.load(I8, self.panel, (i >> 2) * 2 + tile).zext(I16) - 127) << 7).spread(64)
-                for half in range(2):
-                    part = words[64 * half : 64 * half + 64]
-                    keep = f.const(wide, [-1 if w else 0 for w in part])
-                    table = f.const(wide, [int(w) for w in part]) + (scale & keep)
-                    self._tables[4 * tile + half].set(table.trunc(_BYTES))
-                    self._tables[4 * tile + 2 + half].set((table >> 8).trunc(_BYTES))
-
-    def _fp8_lookup(self, place: Value, to: Value) -> None:
+    def _fp8(self, head: Value, codes: Value, to: Value) -> None:
+        """A tile: without zeros and subnormals a code's bits need only be moved and their exponent raised."""
         f = self.f
-        tables = [t.get() for t in self._tables]
-        for part in range(16):
-            codes = f.load(_BYTES, place, 64 * part)
-            low, high = (
-                f.call(_BYTES, "llvm.x86.avx512.vpermi2var.qi.512", tables[t], codes, tables[t + 1])
-                for t in (part // 8 * 4, part // 8 * 4 + 2)
-            )
-            high = high | (codes & -128)
-            for half in range(2):
-                order = [16 * lane + 8 * half + i // 2 + 64 * (i & 1) for lane in range(4) for i in range(16)]
-                f.store(low.pick(order, high), to, 128 * part + 64 * half)
+        if not self.isa.avx512:
+            return self._fp8_wide(head, codes, to)
+        scale = (f.load(I8, head).zext(I16) - 127) << 7
+        special = f.load(I8, head, 2).differs(0)
+        with f.when(special):
+            self._fp8_lookup(scale.spread(64), codes, to)
+        with f.when(special.equals(0)):
+            bias = (scale + (120 << 7)).spread(32)
+            for part in range(8):
+                pairs = f.load(_WORDS, codes, 64 * part)
+                for half, words in enumerate((pairs << 8, pairs)):
+                    f.store((words.sar(4) & -0x7810) + bias, to, 128 * part + 64 * half)
 
-    def _fp8_arithmetic(self, i: Value, place: Value, to: Value) -> None:
+    def _fp8_lookup(self, scale: Value, codes: Value, to: Value) -> None:
+        """All codes by two look-ups, of the low and of the high byte, in tables with the scale folded in."""
+        f, wide, words = self.f, vec(64, I16), e4m3_words()
+        tables = []
+        for part in (words[:64], words[64:]):
+            keep = f.const(wide, [-1 if w else 0 for w in part])
+            tables.append(f.const(wide, [int(w) for w in part]) + (scale & keep))
+        for part in range(8):
+            given = f.load(_BYTES, codes, 64 * part)
+            low, high = (
+                f.call(_BYTES, "llvm.x86.avx512.vpermi2var.qi.512", t[0], given, t[1]).bits(_WORDS)
+                for t in ([table.trunc(_BYTES) for table in tables], [(table >> 8).trunc(_BYTES) for table in tables])
+            )
+            high = high | (given.bits(_WORDS) & -0x7F80)
+            f.store((low & 0xFF) | (high << 8), to, 128 * part)
+            f.store((low >> 8) | (high & -0x100), to, 128 * part + 64)
+
+    def _fp8_wide(self, head: Value, codes: Value, to: Value) -> None:
         """As FP32: the code's bits moved into place are the value times 2^-120, subnormals included."""
         f, wide = self.f, vec(16, I32)
-        for part in range(16):
-            factor = (f.load(I8, self.panel, (i >> 2) * 2 + part // 8).zext(I32) << 23).bits(F32).spread(16)
-            for half in range(2):
-                for side in range(2):  # words 8l + i of lanes l = 2 side, 2 side + 1
-                    codes = [
-                        f.load(vec(8, I8), place, 64 * part + 16 * (2 * side + lane) + 8 * half) for lane in (0, 1)
-                    ]
-                    code = codes[0].pick(range(16), codes[1]).zext(wide)
-                    bits = ((code & 0x7F) << 20).bits(_VECTOR) * 2.0**120 * factor
-                    value = bits.bits(wide) | ((code & 0x80) << 24)
-                    f.store((value >> 16).trunc(vec(16, I16)), to, 128 * part + 64 * half + 32 * side)
+        factor = (f.load(I8, head).zext(I32) << 23).bits(F32).spread(16)
+        for part in range(8):
+            pairs = f.load(_WORDS, codes, 64 * part)
+            for half, words in enumerate((pairs & 0xFF, pairs >> 8)):
+                for side in range(2):
+                    code = words.pick(range(16 * side, 16 * side + 16)).zext(wide)
+                    value = ((code & 0x7F) << 20).bits(_VECTOR) * 2.0**120 * factor
+                    bits = value.bits(wide) | ((code & 0x80) << 24)
+                    f.store((bits >> 16).trunc(vec(16, I16)), to, 128 * part + 64 * half + 32 * side)
 
 
 def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> None:
@@ -176,7 +178,7 @@ def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> Non
 
 
 def _head(blocks: Value) -> Value:
-    return ((blocks + 127) >> 7) << 6
+    return (blocks + 63) & -64
 
 
 def _panel_size(blocks: Value, form: Format) -> Value:

@@ -83,14 +83,17 @@ def _fill_fp8(
 ) -> None:
     assert isinstance(weight, PackedWeight)
     codes = _tiles(weight.codes.view(torch.uint8), first, step, panels, blocks * BLOCK)
-    # column = (lane 4, 4), k = (8 parts, 2 pairs, 2)
-    values = codes.reshape(panels, 4, 4, blocks, 8, 2, 2)
-    target = body.view(panels, blocks, 2, 8, 4, 2, 4, 2)
-    target[:, :, tile] = values.permute(0, 3, 4, 1, 5, 2, 6)
+    # k = (8 parts, 2 pairs, 2); a part's bytes are (column, parity, pair)
+    values = codes.reshape(panels, _TILE, blocks, 8, 2, 2)
+    target = body.view(panels, blocks, 2, 8, _TILE, 2, 2)
+    target[:, :, tile] = values.permute(0, 2, 3, 1, 5, 4)
     scales = _checked(weight.scales.view(torch.uint8), "fp8")
     row = (torch.arange(panels) * step + first) * _TILE // 128
-    head = panels_bytes[:, : 2 * scales.shape[1]].view(panels, scales.shape[1], 2)
+    groups = scales.shape[1]
+    head = panels_bytes[:, : 4 * groups].view(panels, groups, 4)
     head[:, :, tile] = scales[row.clamp(max=scales.shape[0] - 1)]
+    special = torch.nn.functional.pad((codes & 0x78) == 0, (0, groups * 128 - codes.shape[2]))
+    head[:, :, 2 + tile] = special.view(panels, _TILE, groups, 128).any(3).any(1)
 
 
 def _fill_fp4(
