@@ -22,6 +22,7 @@ from hadal.kernels.cpu.program import WORD, KernelModule
 from hadal.kernels.cpu.target import CpuError, Isa, Library, detect
 from hadal.kernels.cpu.team import team
 
+_CHUNK_ROWS = 512  # so many stay in the second cache
 _lock = threading.Lock()
 _spaces: dict[str, Scratch] = {}
 _STEP = np.zeros(1, np.int64)  # these kernels read no word of a step
@@ -110,6 +111,11 @@ def calling() -> Iterator[Call]:
         call = Call(isa)
         yield call
         call.run()
+
+
+def row_chunks(count: int) -> list[tuple[int, int]]:
+    """(first, count) of the rows that a product takes at once."""
+    return [(first, min(_CHUNK_ROWS, count - first)) for first in range(0, count, _CHUNK_ROWS)]
 
 
 def real(value: float) -> int:

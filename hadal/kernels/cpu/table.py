@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hadal.kernels.cpu.call import Call, calling, real
+from hadal.kernels.cpu.call import Call, calling, real, row_chunks
 from hadal.kernels.cpu.matmul import BLOCK, PANEL, panel_bytes
 from hadal.kernels.cpu.panels import Panels, panels_of
 from hadal.kernels.fused import moe as fused
@@ -23,8 +23,6 @@ from hadal.kernels.numerics import Numerics
 from hadal.kernels.reference import dense as reference
 from hadal.kernels.reference.dense import Weight
 from hadal.kernels.reference.moe import roots_of_softplus
-
-GROUP_ROWS = 512  # rows multiplied at once: they stay in the second cache
 
 
 def linear(x: Tensor, weight: Weight, num: Numerics, *, quantise_input: bool) -> Tensor:
@@ -55,7 +53,7 @@ def linear_groups(x_TGI: Tensor, weight: Weight, num: Numerics) -> Tensor:
     each = rank // PANEL
     with calling() as call:
         call.product(
-            panels.form, "bf16", [(g, *rows) for g in range(groups) for rows in _chunks(count)],
+            panels.form, "bf16", [(g, *rows) for g in range(groups) for rows in row_chunks(count)],
             call.take(x_TGI.flatten(1), quantised=False), _place(out_TE), panels=each, blocks=panels.blocks,
             weight=panels.address, weight_step=each * panel_bytes(panels.form, panels.blocks), row_step=2 * width,
             out_step=2 * rank,
@@ -86,7 +84,7 @@ def swiglu(
         return fused.swiglu(x, w1, w2, w3, num, limit=limit, quantise_input=quantise_input, weight=weight)
     out = torch.empty(len(x), PANEL * pair[1].count, dtype=torch.bfloat16)
     mixing = None if weight is None else weight.detach().float().contiguous().numpy()
-    groups = [(pair[0], pair[1], *rows) for rows in _chunks(len(x))]
+    groups = [(pair[0], pair[1], *rows) for rows in row_chunks(len(x))]
     with calling() as call:
         _experts(call, x, None, mixing, groups, limit, _place(out), quantised=quantise_input)
     return _cut(out, w2.shape[0])
@@ -175,7 +173,7 @@ def _product(x: Tensor, panels: Panels, columns: int, dtype: torch.dtype, *, qua
     """Rows by one matrix, in BF16 or FP32."""
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(len(rows), PANEL * panels.count, dtype=dtype)
-    groups = [(panels.address, *span) for span in _chunks(len(rows))]
+    groups = [(panels.address, *span) for span in row_chunks(len(rows))]
     with calling() as call:
         source = call.take(rows, quantised=quantised)
         call.product(
@@ -189,10 +187,6 @@ def _fits(x: Tensor, *weights: Weight) -> bool:
     """Whether the kernels take these rows; `panels_of` judges the weights."""
     usable = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0
     return usable and not x.shape[-1] % BLOCK and not wants_grad(x, *weights)
-
-
-def _chunks(count: int) -> list[tuple[int, int]]:
-    return [(first, min(GROUP_ROWS, count - first)) for first in range(0, count, GROUP_ROWS)]
 
 
 def _place(rows: Tensor) -> tuple[int, int]:
