@@ -97,10 +97,10 @@ def timed(work: Callable[[], None], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def build(kind: str) -> cpu_runner.CpuRunner:
-    """A runner of one layer of the kind, and the head."""
+def build(kind: str, **changes: Any) -> cpu_runner.CpuRunner:
+    """A runner of one layer of the kind, and the head; `changes` to the configuration, fewer experts for instance."""
     ratio = next(layer.ratio for layer in FLASH.layers if layer.attention == kind)
-    config = FLASH.replace(num_hidden_layers=1, compress_ratios=(ratio,), num_hash_layers=0)
+    config = FLASH.replace(num_hidden_layers=1, compress_ratios=(ratio,), num_hash_layers=0, **changes)
     isa, reason = detect()
     assert isa is not None, reason
     layer = config.layers[0]

@@ -132,9 +132,9 @@ class _Expander:
         """All codes by two look-ups, of the low and of the high byte, in tables with the scale folded in."""
         f, wide, words = self.f, vec(64, I16), e4m3_words()
         tables = []
-        for part in (words[:64], words[64:]):
-            keep = f.const(wide, [-1 if w else 0 for w in part])
-            tables.append(f.const(wide, [int(w) for w in part]) + (scale & keep))
+        for half in (words[:64], words[64:]):
+            keep = f.const(wide, [-1 if w else 0 for w in half])
+            tables.append(f.const(wide, [int(w) for w in half]) + (scale & keep))
         for part in range(8):
             given = f.load(_BYTES, codes, 64 * part)
             low, high = (
