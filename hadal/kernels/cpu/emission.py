@@ -13,7 +13,7 @@ from pathlib import Path
 from hadal.kernels.cpu import attention, compress, indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.layout import STEP, Shapes
 from hadal.kernels.cpu.program import KernelModule
-from hadal.kernels.cpu.target import Isa, Library, cache_folder, keep
+from hadal.kernels.cpu.target import Isa, Library, cache_folder, keep, kept
 from hadal.kernels.cpu.weights import Plan
 
 
@@ -22,11 +22,12 @@ def compiled_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> tuple[dict[str, li
     needed = sorted({(m.form, epilogue_of(m.name)) for m in plan.matrices.values()})
     parts = sorted({part for part in (".compressor", ".indexer.") for name in plan.matrices if part in name})
     key = hashlib.sha256(f"{_sources()}{isa}{shapes}{needed}{parts}".encode()).hexdigest()[:32]
-    words = cache_folder() / "kernels" / f"{key}.json"
-    if Library.kept(key) and words.exists():
-        return json.loads(words.read_text("utf-8")), Library(None, isa, key)
+    place = cache_folder() / "kernels" / f"{key}.json"
+    words = kept(place)
+    if words is not None and Library.kept(key):
+        return json.loads(words), Library(None, isa, key)
     module = emit_kernels(isa, shapes, plan)
-    keep(words, json.dumps(module.arguments).encode())
+    keep(place, json.dumps(module.arguments).encode())
     return module.arguments, Library(module.text(), isa, key)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,9 @@ def _mapped(path: Path, items: Sequence[Packing], offsets: dict[str, int], total
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{np.random.default_rng().integers(1 << 62):x}")
             try:
-                fresh = np.memmap(partial, np.uint8, "w+", shape=(size,))
+                with partial.open("wb") as file:
+                    _reserve(file.fileno(), size)
+                fresh = np.memmap(partial, np.uint8, "r+", shape=(size,))
                 _fill(fresh, items, offsets)
                 fresh.flush()
                 del fresh
@@ -142,6 +145,14 @@ def _mapped(path: Path, items: Sequence[Packing], offsets: dict[str, int], total
         return np.memmap(path, np.uint8, "r", shape=(size,))
     except OSError:
         return None  # no room or no right to write: the weights are packed in memory
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the disk's room at once: a page of a mapped file for which there is none ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 def _fill(target: np.ndarray, items: Sequence[Packing], offsets: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,8 @@ def detect() -> tuple[Isa | None, str]:
         return (Isa("neon"), "NEON") if cap in ("", "neon") else (None, f"HADAL_CPU={cap} asks for another processor")
     if machine not in ("x86_64", "amd64"):
         return None, f"no kernels for a {machine} processor"
+    if cap == "neon":
+        return None, f"HADAL_CPU={cap} asks for another processor"
     features = llvm.get_host_cpu_features()
     for name in names[names.index(cap) if cap else 0 : 3]:
         missing = [f for f in _FEATURES[name] if not features.get(f)]
@@ -135,20 +138,21 @@ class Library:
 
         key = key or hashlib.sha256(f"{isa}{text}".encode()).hexdigest()[:32]
         place = _object(key)
-        self.cached = place.exists()
+        code = kept(place)
+        self.cached = code is not None
         machine = _machine(isa)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        assert self.cached or text is not None, key
-        code = place.read_bytes() if self.cached else machine.emit_object(_optimised(str(text), machine))
+        if code is None:
+            assert text is not None, key
+            code = machine.emit_object(_optimised(text, machine))
+            keep(place, code)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        if not self.cached:
-            keep(place, code)
 
     @staticmethod
     def kept(key: str) -> bool:
         """Whether an object is kept under a key."""
-        return _object(key).exists()
+        return os.path.exists(_object(key))  # unlike Path.exists, False where the folder may not be read
 
     def address(self, name: str) -> int:
         """The address of a function."""
@@ -171,4 +175,13 @@ def keep(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def kept(path: Path) -> bytes | None:
+    """A file of the cache; None where it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 from hadal.checkpoint import load_model
 from hadal.kernels.cpu.target import Isa
 from hadal.model import Model
-from hadal.model.runner import build_runner
 from tests.checkpoint.tiny import random_tensors, tiny_config, write_checkpoint
 
 # Widths that are odd multiples of a panel, a group of heads that is not full, experts not a multiple of 16.
@@ -45,6 +46,16 @@ def model_on(isa: str, path: str | Path) -> Model:
         model = load_model(path, device="cpu")
     assert model.runner is not None and model.runner.isa == Isa(isa)
     return model
+
+
+def lookup_of(model: Model) -> Callable[[str], Any]:
+    """The parameter at an attribute path."""
+
+    def lookup(path: str) -> Any:
+        owner, _, name = path.rpartition(".")
+        return getattr(model.get_submodule(owner), name)
+
+    return lookup
 
 
 def tokens(model: Model, seed: int, count: int) -> Tensor:
