@@ -36,6 +36,7 @@ GROUP_WORDS = 3
 AHEAD = 2  # blocks that are expanded before they are used
 RING = 4
 FETCH_AHEAD = 4096  # bytes
+CHUNK_BYTES = 1 << 20  # of rows that all panels are multiplied with before the next ones: they stay in the second cache
 ROW_PADDING = 32  # rows that a product may write behind the last one it was asked for
 JOB = (
     "weight weight_step rows row_stride row_step out out_stride out_step panels blocks groups "
@@ -167,13 +168,20 @@ def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> Non
         panels, blocks = k.arg("panels"), k.arg("blocks")
         count = f.load(I64, k.ptr("groups"))
         scratch = f.at(k.ptr("scratch"), k.arg("scratch_step") * f["thread"])
-        for unit in k.share(count * panels):
-            group = f.at(k.ptr("groups"), unit / panels * (8 * GROUP_WORDS) + 8)
-            matrix, first, rows = (f.load(I64, group, 8 * i) for i in range(3))
-            panel = unit % panels
-            weight = f.at(k.ptr("weight"), matrix * k.arg("weight_step") + panel * _panel_size(blocks, form))
-            a = f.at(k.ptr("rows"), first * k.arg("row_stride") + matrix * k.arg("row_step"))
-            _panel(k, form, epilogue, weight, a, first, rows, panel, blocks, scratch, matrix)
+        most = f.var(f.const(I64, 0))
+        for i in f.range(count):
+            most.set(most.get().max(f.load(I64, k.ptr("groups"), i * (8 * GROUP_WORDS) + 8 * GROUP_WORDS)))
+        chunk = (f.const(I64, CHUNK_BYTES) / k.arg("row_stride") & -ROW_PADDING).max(ROW_PADDING)
+        for begin in f.range(most.get(), 0, chunk):
+            for unit in k.share(count * panels):
+                group = f.at(k.ptr("groups"), unit / panels * (8 * GROUP_WORDS) + 8)
+                matrix, first, rows = (f.load(I64, group, 8 * i) for i in range(3))
+                panel, here = unit % panels, first + begin
+                weight = f.at(k.ptr("weight"), matrix * k.arg("weight_step") + panel * _panel_size(blocks, form))
+                a = f.at(k.ptr("rows"), here * k.arg("row_stride") + matrix * k.arg("row_step"))
+                left = (rows - begin).min(chunk)
+                with f.when(left > 0):
+                    _panel(k, form, epilogue, weight, a, here, left, panel, blocks, scratch, matrix)
         release(f, k.isa)
 
 
