@@ -86,7 +86,8 @@ class Step:
     def __init__(self, sequences: list[Sequence], lengths: list[int], angles: Tensor | None = None) -> None:
         taking = [(s, n) for s, n in zip(sequences, lengths, strict=True) if n]
         self.spans = np.zeros((len(taking) + 1, len(SPAN)), np.int64)
-        positions, span_of = [], []
+        positions: list[int] = []
+        span_of: list[int] = []
         for i, (sequence, length) in enumerate(taking):
             words = dict(start=sequence.position, length=length, row=len(positions))
             words |= dict(home=address(sequence.home), pages=address(sequence.table))

@@ -6,7 +6,6 @@ import functools
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from tests.kernels.cpu.harness import FLASH, NANO, SMALL, Kernels, Sequence, Ste
 
 TAIL, TARGET = 128, 192  # offsets that are not 0, as other layers have
 ISAS = pytest.mark.parametrize("isa", instruction_sets())
+Layer = tuple[Shapes, Form, int, bool]
 SIXTEEN = shapes(dim=80, rotary=16)
 
 
@@ -144,7 +144,7 @@ def whole(c: Case) -> list[list[int]]:
     return [[len(r) for r in c.rows]]
 
 
-LAYERS: list[Any] = [
+LAYERS: list[Layer] = [
     (NANO, "entries", 4, True), (NANO, "entries", 16, False), (NANO, "keys", 4, True), (SMALL, "entries", 4, True),
     (SMALL, "entries", 128, False), (SMALL, "keys", 4, True), (FLASH, "entries", 128, False), (FLASH, "keys", 4, True),
     (SIXTEEN, "entries", 8, True), (SIXTEEN, "keys", 8, True),
@@ -153,7 +153,7 @@ LAYERS: list[Any] = [
 
 @ISAS
 @pytest.mark.parametrize("layer", LAYERS)
-def test_blocks_are_pooled_normed_rotated_and_rounded(isa: str, layer: Any) -> None:
+def test_blocks_are_pooled_normed_rotated_and_rounded(isa: str, layer: Layer) -> None:
     c = case(1, *layer, [300, 2, 131])
     sequences = feed(c, isa, whole(c))
     differing = total = 0
@@ -174,7 +174,7 @@ def test_blocks_are_pooled_normed_rotated_and_rounded(isa: str, layer: Any) -> N
 
 @ISAS
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[2], LAYERS[4]])
-def test_any_cut_into_steps_leaves_the_same_bytes(isa: str, layer: Any) -> None:
+def test_any_cut_into_steps_leaves_the_same_bytes(isa: str, layer: Layer) -> None:
     c = case(2, *layer, [401, 130])
     at_once = feed(c, isa, whole(c))
     assert any(page[TARGET:].any() for page in at_once[0].pages)
@@ -197,7 +197,7 @@ def test_ragged_spans_do_not_touch_each_other(isa: str) -> None:
 
 @ISAS
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[2]])
-def test_threads_share_the_blocks(isa: str, layer: Any) -> None:
+def test_threads_share_the_blocks(isa: str, layer: Layer) -> None:
     c = case(4, *layer, [140, 9, 64])
     one = feed(c, isa, whole(c))
     for threads in (2, 3, 7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ class Items:
         self.packed = 0
         self.items = [Packing(f"w{i}", n, self.writer(i)) for i, n in enumerate(sizes)]
 
-    def writer(self, i: int) -> object:
+    def writer(self, i: int) -> Callable[[Tensor], None]:
         def write(out: Tensor) -> None:
             self.packed += 1
             out.fill_(i + 1)
@@ -128,7 +129,7 @@ def test_a_disk_without_room_is_done_without(folder: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(memory.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     items = Items()
     assert not isinstance(items.check("model"), np.memmap)
     assert items.packed == 3 and not list(folder.iterdir())

@@ -17,7 +17,9 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 def weight_of(form: str, rows: int, columns: int, seed: int = 3) -> Weight:
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return {"bf16": lambda: w.bfloat16(), "fp8": lambda: quantise_fp8(w), "fp4": lambda: quantise_fp4(w)}[form]()
+    if form == "bf16":
+        return w.bfloat16()
+    return quantise_fp8(w) if form == "fp8" else quantise_fp4(w)
 
 
 def dense(weight: Weight) -> Tensor:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_a_model_the_kernels_cannot_run_falls_back_to_torch(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("asked", [dict(dtype="bfloat16"), dict(weights="dense"), dict(fake_quant=True)])
-def test_the_kernels_compute_fast_mode_alone(checkpoints: dict[str, str | Path], asked: dict[str, str]) -> None:
+def test_the_kernels_compute_fast_mode_alone(checkpoints: dict[str, str | Path], asked: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="backend 'cpu' computes fast mode alone"):
         load_model(checkpoints["fp4"], device="cpu", backend="cpu", **asked)
     assert load_model(checkpoints["fp4"], device="cpu", **asked).runner is None

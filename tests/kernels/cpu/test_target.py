@@ -7,6 +7,7 @@ import functools
 import platform
 import re
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -31,12 +32,12 @@ CALL = re.compile(r"^\s+(?:bl|b|callq?|jmp)\s+([A-Za-z_]\w*)", re.M)
 
 
 def detect(
-    patch: pytest.MonkeyPatch, cap: str = "", machine: str = "x86_64", **missing: bool
+    patch: pytest.MonkeyPatch, cap: str = "", machine: str = "x86_64", missing: Set[str] = frozenset()
 ) -> tuple[str | None, str]:
     """What is chosen on a processor that has everything but the missing features."""
     patch.setenv("HADAL_CPU", cap)
     patch.setattr(platform, "machine", lambda: machine)
-    patch.setattr(llvm, "get_host_cpu_features", lambda: EVERY | missing)
+    patch.setattr(llvm, "get_host_cpu_features", lambda: EVERY | dict.fromkeys(missing, False))
     patch.setattr(target, "_allow_amx", lambda: True)
     isa, reason = target.detect.__wrapped__()
     return isa.name if isa else None, reason
@@ -47,9 +48,9 @@ def test_the_best_instruction_set_is_chosen_and_a_cap_is_kept(monkeypatch: pytes
     assert detect(monkeypatch, "avx512") == ("avx512", "AVX512, capped by HADAL_CPU=avx512")
     assert detect(monkeypatch, "avx2") == ("avx2", "AVX2, capped by HADAL_CPU=avx2")
     assert detect(monkeypatch, "none") == (None, "switched off by HADAL_CPU=none")
-    assert detect(monkeypatch, **{"amx-int8": False}) == ("avx512", "AVX512")
-    assert detect(monkeypatch, "amx", avx512bf16=False) == ("avx2", "AVX2, capped by HADAL_CPU=amx")
-    assert detect(monkeypatch, fma=False, avx512f=False) == (None, "the processor has no AVX2 with FMA")
+    assert detect(monkeypatch, missing={"amx-int8"}) == ("avx512", "AVX512")
+    assert detect(monkeypatch, "amx", missing={"avx512bf16"}) == ("avx2", "AVX2, capped by HADAL_CPU=amx")
+    assert detect(monkeypatch, missing={"fma", "avx512f"}) == (None, "the processor has no AVX2 with FMA")
     assert detect(monkeypatch, "neon") == (None, "HADAL_CPU=neon asks for another processor")
     assert detect(monkeypatch, machine="aarch64") == ("neon", "NEON")
     assert detect(monkeypatch, "avx2", machine="arm64") == (None, "HADAL_CPU=avx2 asks for another processor")
