@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hadal.kernels.cpu.entries import Entries, span_word, unpack_entries, zero_entry
+from hadal.kernels.cpu.entries import Entries, unpack_entries, zero_entry
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, vec
-from hadal.kernels.cpu.layout import HEADS, KEYS, SPAN, Shapes
+from hadal.kernels.cpu.layout import HEADS, KEYS, Shapes
 from hadal.kernels.cpu.numbers import exp, round_bf16
 from hadal.kernels.cpu.program import Kernel, KernelModule
 from hadal.kernels.cpu.tiles import TILE, configure, dot_bf16, multiply, release, row_blocks, transpose_pairs
@@ -101,8 +101,8 @@ class _Row:
         f = self.f = k.f
         self.k, self.isa, self.shapes, self.row = k, k.isa, shapes, row
         self.position = f.load(I64, k.step_ptr("positions"), row * 8)
-        self.span = f.at(k.step_ptr("span_table"), f.load(I64, k.step_ptr("span_of"), row * 8) * (8 * len(SPAN)))
-        self.pool = Entries(k, shapes, f.pointer(span_word(f, self.span, "pages")), zero)
+        self.span = k.row("span_of", row)
+        self.pool = Entries(k, shapes, f.pointer(self.k.span(self.span, "pages")), zero)
         ratio, topk = k.arg("ratio"), k.arg("topk")
         visible = (ratio > 0).choose((self.position + 1) / ratio.max(1), 0)
         self.selecting = (topk > 0) & (visible > topk)
@@ -149,10 +149,10 @@ class _Row:
         """Block i of the list: its rows, and its visible keys as a range; the place of its pairs goes to the table."""
         f, shapes, form = self.f, self.shapes, self.shapes.block_bytes // 2
         number = (self.low >> 5) + i
-        window = span_word(f, self.span, "window")
-        ring = span_word(f, self.span, "home") + self.k.arg("ring")
+        window = self.k.span(self.span, "window")
+        ring = self.k.span(self.span, "home") + self.k.arg("ring")
         base = window.equals(0).choose(ring, window)
-        length = window.equals(0).choose(shapes.ring_blocks, span_word(f, self.span, "window_blocks"))
+        length = window.equals(0).choose(shapes.ring_blocks, self.k.span(self.span, "window_blocks"))
         rows = f.var(f.pointer(base + number % length * shapes.block_bytes))
         begin = f.var((self.low - number * KEYS).max(0))
         end = f.var((self.position + 1 - number * KEYS).min(KEYS))
@@ -161,7 +161,7 @@ class _Row:
         with f.when(far > -1):
             begin.set(0)
             end.set((self.count - far * KEYS).min(KEYS))
-            rows.set(f.pointer(span_word(f, self.span, "entries") + far * shapes.block_bytes))
+            rows.set(f.pointer(self.k.span(self.span, "entries") + far * shapes.block_bytes))
             pairs.set(f.at(rows.get(), form))
             with f.when(self.selecting):
                 rows.set(self.part["rows"])

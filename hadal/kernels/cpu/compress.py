@@ -12,7 +12,7 @@ import math
 from typing import Literal
 
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, lanes, vec
-from hadal.kernels.cpu.layout import PAGE_TOKENS, QUANT_GROUP, SPAN, Shapes
+from hadal.kernels.cpu.layout import PAGE_TOKENS, QUANT_GROUP, Shapes
 from hadal.kernels.cpu.numbers import cosine_sine, exp, round_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.quant.formats import E4M3_RECIPROCAL
@@ -29,11 +29,6 @@ _MIN_AMAX = 1e-4
 _SMALLEST_NORMAL = 2.0**-126
 
 
-def span_word(k: Kernel, span: Value, name: str) -> Value:
-    """A word of a span of the step."""
-    return k.f.load(I64, k.step_ptr("span_table"), span * (WORD * len(SPAN)) + WORD * SPAN.index(name))
-
-
 def emit_compress(module: KernelModule, shapes: Shapes, form: Form) -> None:
     """The kernel `compress_<form>`: every block that a span completes, words as in `COMPRESS`.
 
@@ -46,17 +41,17 @@ def emit_compress(module: KernelModule, shapes: Shapes, form: Form) -> None:
         table = f.scratch(PAGE_TOKENS * 2 * WORD)
         ratio = k.arg("ratio")
         for span in f.range(k.step("spans")):
-            start = span_word(k, span, "start")
+            start = k.span(span, "start")
             first = start / ratio
             # Spans take turns in which thread they begin with: in decode each completes one block at most.
             turn = (f["thread"] + span) % f["threads"]
-            for block in f.range((start + span_word(k, span, "length")) / ratio, first + turn, f["threads"]):
+            for block in f.range((start + k.span(span, "length")) / ratio, first + turn, f["threads"]):
                 begin, end = _find_rows(k, dim, span, start, block, table)
                 _pool(f, dim, table, (k.arg("overlap") + 1) * (dim * 4), begin, end, pooled)
                 _norm(f, dim, pooled, k.ptr("norm"), shapes.norm_eps)
                 position = block * ratio
                 _rotate_at(f, shapes, position, k.ptr("frequencies"), f.at(pooled, (dim - shapes.rotary) * 4))
-                pages = f.pointer(span_word(k, span, "pages"))
+                pages = f.pointer(k.span(span, "pages"))
                 part = f.at(f.load(PTR, pages, position / PAGE_TOKENS * WORD), k.arg("target"))
                 inside = position % PAGE_TOKENS / ratio
                 if form == "entries":
@@ -72,12 +67,12 @@ def emit_keep_tail(module: KernelModule) -> None:
         f = k.f
         slots, nbytes = k.arg("slots"), k.arg("width") * 8
         for span in f.range(k.step("spans")):
-            length = span_word(k, span, "length")
-            tail = f.at(f.pointer(span_word(k, span, "home")), k.arg("tail"))
+            length = k.span(span, "length")
+            tail = f.at(f.pointer(k.span(span, "home")), k.arg("tail"))
             begin = (length - slots).max(0)
             for i in f.range(length, begin + (f["thread"] + span) % f["threads"], f["threads"]):
-                source = f.at(k.ptr("projected"), (span_word(k, span, "row") + i) * k.arg("projected_stride"))
-                target = f.at(tail, (span_word(k, span, "start") + i) % slots * nbytes)
+                source = f.at(k.ptr("projected"), (k.span(span, "row") + i) * k.arg("projected_stride"))
+                target = f.at(tail, (k.span(span, "start") + i) % slots * nbytes)
                 for c in f.range(nbytes, 0, 64):
                     f.store(f.load(_VECTOR, source, c), target, c)
 
@@ -92,11 +87,11 @@ def _find_rows(k: Kernel, dim: int, span: Value, start: Value, block: Value, tab
     width = (overlap + 1) * (dim * 4)
     before = overlap * ratio
     begin, end = block.equals(0).choose(before, f.const(I64, 0)), before + ratio
-    tail = f.at(f.pointer(span_word(k, span, "home")), k.arg("tail"))
+    tail = f.at(f.pointer(k.span(span, "home")), k.arg("tail"))
     for i in f.range(end, begin):
         position = block * ratio - before + i
         half = (i >= before).choose(overlap * (dim * 4), 0)
-        fresh = f.at(k.ptr("projected"), (position - start + span_word(k, span, "row")) * k.arg("projected_stride"))
+        fresh = f.at(k.ptr("projected"), (position - start + k.span(span, "row")) * k.arg("projected_stride"))
         row = (position >= start).choose(fresh, f.at(tail, position % slots * width * 2))
         f.store(f.at(row, half), table, i * (2 * WORD))
         f.store(f.at(k.ptr("ape"), i % ratio * width + half), table, i * (2 * WORD) + WORD)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Value, vec
-from hadal.kernels.cpu.layout import KEYS, PAGE_TOKENS, QUANT_GROUP, SPAN, Shapes
+from hadal.kernels.cpu.layout import KEYS, PAGE_TOKENS, QUANT_GROUP, Shapes
 from hadal.kernels.cpu.program import Kernel
 from hadal.kernels.cpu.tiles import TILE
 
@@ -100,27 +100,21 @@ def zero_entry(f: Function, shapes: Shapes) -> Value:
     return zero
 
 
-def span_word(f: Function, span: Value, name: str) -> Value:
-    """A word of a span of the step."""
-    return f.load(I64, span, 8 * SPAN.index(name))
-
-
 def unpack_entries(k: Kernel, shapes: Shapes) -> None:
     """Spans whose first row still sees all entries: blocks of all spans are counted through and dealt to threads."""
     f, ratio, topk = k.f, k.arg("ratio").max(1), k.arg("topk")
     zero = zero_entry(f, shapes)
     dealt = f.var(f.const(I64, 0))
     with f.when(k.arg("ratio") > 0):
-        for s in f.range(k.step("spans")):
-            span = f.at(k.step_ptr("span_table"), s * (8 * len(SPAN)))
-            start = span_word(f, span, "start")
-            visible = (start + span_word(f, span, "length")) / ratio
+        for span in f.range(k.step("spans")):
+            start = k.span(span, "start")
+            visible = (start + k.span(span, "length")) / ratio
             past = topk.differs(0) & ((start + 1) / ratio > topk)
             count = past.choose(0, topk.equals(0).choose(visible, visible.min(topk)))
             blocks = (count + (KEYS - 1)) >> 5
             turn = (f["thread"] + f["threads"] - dealt.get() % f["threads"]) % f["threads"]
             dealt.set(dealt.get() + blocks)
-            entries = Entries(k, shapes, f.pointer(span_word(f, span, "pages")), zero)
+            entries = Entries(k, shapes, f.pointer(k.span(span, "pages")), zero)
             for b in f.range(blocks, turn, f["threads"]):
-                rows = f.pointer(span_word(f, span, "entries") + b * shapes.block_bytes)
+                rows = f.pointer(k.span(span, "entries") + b * shapes.block_bytes)
                 entries.unpack(b * KEYS, count, lambda i: i, rows, f.at(rows, shapes.block_bytes // 2))

@@ -10,7 +10,7 @@ neither scores nor a choice. Source: report 2.3, spec architecture 2.6.
 
 from __future__ import annotations
 
-from hadal.kernels.cpu.compress import GROUP_KEYS, int8_codes, int8_scale, rotary_lanes, rotate_pairs, span_word
+from hadal.kernels.cpu.compress import GROUP_KEYS, int8_codes, int8_scale, rotary_lanes, rotate_pairs
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, vec
 from hadal.kernels.cpu.layout import HEADS, PAGE_TOKENS, Shapes
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
@@ -83,7 +83,7 @@ def emit_index_score(module: KernelModule, shapes: Shapes) -> None:
         square = f.scratch(padded_heads(shapes) * 64)
         longest = f.var(f.const(I64, 0))
         for span in f.range(k.step("spans")):
-            longest.set(longest.get().max(span_word(k, span, "start") + span_word(k, span, "length")))
+            longest.set(longest.get().max(k.span(span, "start") + k.span(span, "length")))
         chunks = longest.get() / (PAGE_TOKENS * CHUNK_PAGES) + 1
         rows = k.step("rows")
         # A chunk of keys stays in the cache for all rows; threads take alternate rows of it, or alternate chunks.
@@ -92,7 +92,7 @@ def emit_index_score(module: KernelModule, shapes: Shapes) -> None:
             visible = _visible(k, row)
             pages = (visible + page_keys - 1) / page_keys
             last = (visible > shapes.topk).choose(pages.min(first + CHUNK_PAGES), f.const(I64, 0))
-            table = f.pointer(span_word(k, f.load(I64, k.step_ptr("span_of"), row * WORD), "pages"))
+            table = f.pointer(k.span(k.row("span_of", row), "pages"))
             record = f.at(k.ptr("queries"), row * k.arg("query_stride"))
             scores = f.at(k.ptr("scores"), row * k.arg("scores_stride"))
             for page in f.range(last, first):
@@ -107,7 +107,7 @@ def emit_index_score(module: KernelModule, shapes: Shapes) -> None:
 
 
 def _visible(k: Kernel, row: Value) -> Value:
-    return (k.f.load(I64, k.step_ptr("positions"), row * WORD) + 1) / k.arg("ratio")
+    return (k.row("positions", row) + 1) / k.arg("ratio")
 
 
 def _unsigned_queries(isa: Isa) -> bool:

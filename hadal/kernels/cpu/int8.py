@@ -1,7 +1,7 @@
 """Products of FP4 weights with int8 activations, for processors whose integer dot products beat their BF16 ones.
 
 Activations are rounded to int8 with one scale per 128 columns; what follows is exact but for FP32 sums. A record holds
-128 columns of a row: 128 codes, in the order in which the packed weights' nibbles come (per 8 columns: 0 4 1 5 2 6 3 7),
+128 columns of a row: 128 codes, in the order of the packed weights' nibbles (per 8 columns 0 4 1 5 2 6 3 7),
 4 int32 corrections, one per 32 columns, and half the scale. A weight v is used as the unsigned byte 2v + 12, which the
 correction of -12 times the codes' sum takes off again; the integer product of a block of 32 is exact, and
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hadal.kernels.cpu.ir import F32, I64, PTR, Function, Module, Operand, Value, Variable
+from hadal.kernels.cpu.layout import SPAN
 from hadal.kernels.cpu.target import Isa
 
 WORD = 8
@@ -44,6 +45,15 @@ class Kernel:
     def real(self, name: str) -> Value:
         """A word of the job that holds a float's bits in its low half."""
         return self.f.load(F32, self.f["args"], WORD * self._arguments.index(name))
+
+    def row(self, array: str, row: Value) -> Value:
+        """A packed row's word of a row array."""
+        return self.f.load(I64, self.step_ptr(array), row * WORD)
+
+    def span(self, span: Value, name: str) -> Value:
+        """A word of a span of the step, given by its number."""
+        place = span * (WORD * len(SPAN)) + WORD * SPAN.index(name)
+        return self.f.load(I64, self.step_ptr("span_table"), place)
 
     def share(self, total: Operand) -> Iterator[Value]:
         """Loop over this thread's contiguous share of 0..total."""

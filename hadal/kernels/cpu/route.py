@@ -10,7 +10,6 @@ from hadal.kernels.cpu.ir import F32, I32, I64, Function, Value, vec
 from hadal.kernels.cpu.layout import Shapes
 from hadal.kernels.cpu.numbers import softplus
 from hadal.kernels.cpu.program import WORD, KernelModule
-from hadal.kernels.cpu.rows import row_word
 
 ROUTE = "logits logits_stride bias table ids weights scale"
 GROUP = "ids groups slots"
@@ -39,7 +38,7 @@ def emit_route(module: KernelModule, shapes: Shapes) -> None:
                 f.store(f.unary("sqrt", soft), affinity, c * 64)
             by_hash = k.arg("table").differs(0)
             with f.when(by_hash):
-                source = f.at(k.ptr("table"), row_word(k, "ids", row) * (active * WORD))
+                source = f.at(k.ptr("table"), k.row("ids", row) * (active * WORD))
                 for i in range(active):
                     f.store(f.load(I64, source, WORD * i), chosen, WORD * i)
             with f.when(by_hash.equals(0)):

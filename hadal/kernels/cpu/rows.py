@@ -10,7 +10,7 @@ from functools import partial
 
 from hadal.kernels.cpu.attention import store_key
 from hadal.kernels.cpu.ir import F32, I16, I32, I64, Function, Value, vec
-from hadal.kernels.cpu.layout import HEADS, KEYS, QUANT_GROUP, SPAN, Shapes
+from hadal.kernels.cpu.layout import HEADS, KEYS, QUANT_GROUP, Shapes
 from hadal.kernels.cpu.numbers import cosine_sine, exp, fake_quant_e4m3, join_bf16, round_bf16, sigmoid, widen_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.tiles import transpose_pairs
@@ -29,22 +29,12 @@ _TOGETHER = 4  # rows whose maps are computed at once
 _V, _I = vec(16, F32), vec(16, I32)
 
 
-def span_word(f: Function, table: Value, span: Value, name: str) -> Value:
-    """A word of the span table."""
-    return f.load(I64, table, span * (WORD * len(SPAN)) + WORD * SPAN.index(name))
-
-
-def row_word(k: Kernel, array: str, row: Value) -> Value:
-    """A row array's word."""
-    return k.f.load(I64, k.step_ptr(array), row * WORD)
-
-
 def emit_embed(module: KernelModule, shapes: Shapes) -> None:
     """Every stream of a row begins as the token's embedding."""
     with module.kernel("embed", EMBED) as k:
         f = k.f
         for row in k.share(k.step("rows")):
-            source = f.at(k.ptr("table"), row_word(k, "ids", row) * (2 * shapes.hidden))
+            source = f.at(k.ptr("table"), k.row("ids", row) * (2 * shapes.hidden))
             target = f.at(k.ptr("streams"), row * k.arg("stream_stride"))
             for c in f.range(shapes.hidden // 16):
                 value = widen_bf16(f, f.load(vec(16, I16), source, c * 32))
@@ -59,7 +49,7 @@ def emit_angles(module: KernelModule, shapes: Shapes) -> None:
     with module.kernel("angles", ANGLES) as k:
         f = k.f
         for row in k.share(k.step("rows")):
-            position = row_word(k, "positions", row).to_float(F32).spread(lanes)
+            position = k.row("positions", row).to_float(F32).spread(lanes)
             for regime, name in enumerate(ANGLES.split()):
                 target = f.at(k.step_ptr("angles"), (row * 2 + regime) * (shapes.rotary * 4))
                 for c in range(0, half, lanes):
@@ -96,7 +86,7 @@ def emit_site(module: KernelModule, shapes: Shapes, name: str, *, after: str, be
                 for i in f.range(count):
                     row = first + i
                     maps = f.at(k.ptr("maps"), row * k.arg("maps_stride"))
-                    _read(k, shapes, row, maps, mixed)
+                    _read(k, shapes, row, maps, mixed, f.at(k.ptr("out"), row * k.arg("out_stride")))
 
 
 def _write(k: Kernel, shapes: Shapes, row: Value, after: str) -> None:
@@ -194,11 +184,11 @@ def _fold(value: Value, distances: tuple[int, int], operation: str) -> Value:
     return value
 
 
-def _read(k: Kernel, shapes: Shapes, row: Value, maps: Value, mixed: Value) -> None:
-    """The sublayer's input: streams weighted by the maps' first lanes, normed, in BF16."""
+def _read(k: Kernel, shapes: Shapes, row: Value, weights: Value, mixed: Value, out: Value) -> None:
+    """The streams weighted by the first lanes of `weights`, normed, in BF16."""
     f = k.f
     streams = f.at(k.ptr("streams"), row * k.arg("stream_stride"))
-    pre = [f.broadcast(_V, maps, 4 * j) for j in range(shapes.streams)]
+    pre = [f.broadcast(_V, weights, 4 * j) for j in range(shapes.streams)]
     squares = f.var(f.const(_V, 0))
     for c in f.range(shapes.hidden // 16):
         y = pre[0] * f.load(_V, streams, c * 64)
@@ -206,8 +196,7 @@ def _read(k: Kernel, shapes: Shapes, row: Value, maps: Value, mixed: Value) -> N
             y = f.fma(pre[j], f.load(_V, streams, c * 64 + 4 * shapes.hidden * j), y)
         squares.set(f.fma(y, y, squares.get()))
         f.store(y, mixed, c * 64)
-    normed_row(f, mixed, squares.get(), shapes.hidden, shapes.norm_eps, k.ptr("norm"),
-               f.at(k.ptr("out"), row * k.arg("out_stride")))  # fmt: skip
+    normed_row(f, mixed, squares.get(), shapes.hidden, shapes.norm_eps, k.ptr("norm"), out)
 
 
 def normed_row(
@@ -236,22 +225,12 @@ def emit_collapse(module: KernelModule, shapes: Shapes) -> None:
         f = k.f
         mixed, space = f.scratch(shapes.hidden * 4), f.scratch(MAPS * 4)
         for i in k.share(k.step("wanted_rows")):
-            row = row_word(k, "wanted", i)
+            row = k.row("wanted", i)
             _products(k, shapes, row, 1, shapes.streams, space)
             gain = f.broadcast(_V, k.ptr("scale"))
             weights = sigmoid(f, f.load(_V, space) * gain + f.load(_V, k.ptr("base"))) + shapes.hc_eps
             f.store(weights, space)
-            streams = f.at(k.ptr("streams"), row * k.arg("stream_stride"))
-            squares = f.var(f.const(_V, 0))
-            pre = [f.broadcast(_V, space, 4 * j) for j in range(shapes.streams)]
-            for c in f.range(shapes.hidden // 16):
-                y = pre[0] * f.load(_V, streams, c * 64)
-                for j in range(1, shapes.streams):
-                    y = f.fma(pre[j], f.load(_V, streams, c * 64 + 4 * shapes.hidden * j), y)
-                squares.set(f.fma(y, y, squares.get()))
-                f.store(y, mixed, c * 64)
-            normed_row(f, mixed, squares.get(), shapes.hidden, shapes.norm_eps, k.ptr("norm"),
-                       f.at(k.ptr("out"), i * k.arg("out_stride")))  # fmt: skip
+            _read(k, shapes, row, space, mixed, f.at(k.ptr("out"), i * k.arg("out_stride")))
 
 
 def rotated(f: Function, value: Value, angles: Value, rotary: int, chunk: int) -> Value:
@@ -307,12 +286,12 @@ def emit_latent(module: KernelModule, shapes: Shapes) -> None:
 def window_place(k: Kernel, shapes: Shapes, row: Value) -> tuple[Value, Value]:
     """The key block and slot of a row's own position."""
     f = k.f
-    table, span = k.step_ptr("span_table"), row_word(k, "span_of", row)
-    position = row_word(k, "positions", row)
-    region = span_word(f, table, span, "window")
+    span = k.row("span_of", row)
+    position = k.row("positions", row)
+    region = k.span(span, "window")
     inside = region.equals(0)
-    ring = span_word(f, table, span, "home") + k.arg("ring")
-    count = inside.choose(f.const(I64, shapes.ring_blocks), span_word(f, table, span, "window_blocks"))
+    ring = k.span(span, "home") + k.arg("ring")
+    count = inside.choose(f.const(I64, shapes.ring_blocks), k.span(span, "window_blocks"))
     base = f.pointer(inside.choose(ring, region))
     return f.at(base, (position / KEYS) % count * shapes.block_bytes), position % KEYS
 
@@ -322,16 +301,15 @@ def emit_window_copies(module: KernelModule, shapes: Shapes) -> None:
     for name, opening in (("window_open", True), ("window_close", False)):
         with module.kernel(name, "ring") as k:
             f = k.f
-            table = k.step_ptr("span_table")
             for span in f.range(k.step("spans")):
-                region = span_word(f, table, span, "window")
+                region = k.span(span, "window")
                 with f.when(region.differs(0)):
-                    start, length = (span_word(f, table, span, w) for w in ("start", "length"))
+                    start, length = (k.span(span, w) for w in ("start", "length"))
                     end = start if opening else start + length
                     last = (end - 1) / KEYS
                     first = (end - shapes.window + 1).max(0) / KEYS
-                    ring = f.pointer(span_word(f, table, span, "home") + k.arg("ring"))
-                    window, count = f.pointer(region), span_word(f, table, span, "window_blocks")
+                    ring = f.pointer(k.span(span, "home") + k.arg("ring"))
+                    window, count = f.pointer(region), k.span(span, "window_blocks")
                     with f.when(end > 0):
                         for i in k.share(last - first + 1):
                             block = first + i
