@@ -32,7 +32,7 @@ def unpacked(packed: Tensor, form: str, n: int, columns: int) -> Tensor:
     raw = packed.view(panels, -1).tolist()
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()
     out = torch.zeros(panels, 32, blocks * 32)
-    head = -(-blocks // 128) * 64 if form == "fp8" else 0
+    head = -(-blocks // 64) * 64 if form == "fp8" else 0
     size = {"bf16": 2048, "fp8": 1024, "fp4": 544}[form]
     for p, panel in enumerate(raw):
         for i in range(blocks):
@@ -48,9 +48,8 @@ def unpacked(packed: Tensor, form: str, n: int, columns: int) -> Tensor:
                             value = float(torch.tensor([bits], dtype=torch.int64).to(torch.uint32).view(torch.float32))
                         elif form == "fp8":
                             part, half = divmod(pair, 2)
-                            lane, place = divmod(word, 8)
-                            code = block[512 * tile + 64 * part + 16 * lane + 8 * half + place]
-                            value = codes[code] * 2.0 ** (panel[2 * (i // 4) + tile] - 127)
+                            code = block[512 * tile + 64 * part + 2 * word + half]
+                            value = codes[code] * 2.0 ** (panel[4 * (i // 4) + tile] - 127)
                         else:
                             q, nibble = divmod(pair, 4)
                             at = 272 * tile + 16 + 64 * q + 2 * word + nibble // 2
@@ -70,6 +69,13 @@ def test_every_value_keeps_its_bits_and_padding_is_zero(form: str, n: int, colum
     found = unpacked(packed, form, n, columns).flatten(0, 1)
     assert torch.equal(found[:n, :columns], dense(weight))
     assert not found[n:].any() and not found[:, columns:].any()
+
+
+def test_tiles_with_zeros_or_subnormals_are_marked() -> None:
+    weight = torch.empty(32, 384).uniform_(1, 2, generator=torch.Generator().manual_seed(4))
+    weight[3, 130], weight[20, 300] = 0, 2.0**-8 * 2 / 448
+    marks = pack(quantise_fp8(weight)).view(-1)[:12].view(3, 4)[:, 2:]
+    assert marks.tolist() == [[0, 0], [1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "fp4"])
