@@ -53,7 +53,8 @@ class Case:
         self.rows = [(s, span.start + i) for s, span in enumerate(spans) for i in range(span.length)]
         self.sink = torch.empty(shapes.heads).uniform_(-1, 1, generator=self.random(0))
         table = np.zeros((len(spans), len(SPAN)), np.int64)
-        self.keys, self.entries = [], []
+        self.keys: list[Tensor] = []
+        self.entries: list[Tensor] = []
         first = 0
         for s, span in enumerate(spans):
             table[s] = self.lay_out(s, span, first)
@@ -82,7 +83,7 @@ class Case:
     def query(self, s: int, position: int) -> Tensor:
         shape = self.shapes
         q = torch.randn(shape.heads, shape.dim, generator=self.random(1, self.spans[s].start, position)) * 2
-        return (q * shape.dim**-0.5).bfloat16()
+        return torch.mul(q, shape.dim**-0.5).bfloat16()
 
     def choice(self, s: int, position: int) -> Tensor:
         count = self.visible(position)
