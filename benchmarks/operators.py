@@ -187,12 +187,8 @@ def _product(
     tables = []
     for copy in copies:
         jobs = JobList.__new__(JobList)
-        jobs.words, jobs._jobs, jobs._dynamic, jobs._held = (
-            module.arguments,
-            [],
-            {},
-            [copy, given, out, groups, scratch],
-        )
+        jobs.words, jobs._jobs, jobs._dynamic = module.arguments, [], {}
+        jobs._held = [copy, given, records, out, groups, scratch]
         source = given
         if kernel == "int8":
             source = records
