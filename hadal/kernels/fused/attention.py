@@ -78,12 +78,13 @@ def _chunks(keys: Attended, total: int, heads: int, device: torch.device) -> Ite
 
 def _probabilities(q_MD: Tensor, kv_nD: Tensor, hidden_tn: Tensor, sink_H: Tensor) -> Tensor:
     """Softmax over [keys | sink], [t, H, n + 1]; M = t * H rows."""
+    scale = q_MD.shape[1] ** -0.5
     t, n = hidden_tn.shape
     logits = sink_H.new_empty(t, len(sink_H), n + 1)
     # Added, not filled: a mask that is broadcast over heads takes ten times as long.
     barred = torch.zeros(t, 1, n, dtype=logits.dtype, device=logits.device)
     barred.masked_fill_(hidden_tn.unsqueeze(1), float("-inf"))
-    torch.add((q_MD @ kv_nD.T).view(t, -1, n), barred, out=logits[..., :n])
+    torch.add(barred, (q_MD @ kv_nD.T).view(t, -1, n).to(logits.dtype), alpha=scale, out=logits[..., :n])
     logits[..., n] = sink_H
     return torch.softmax(logits, dim=-1)
 
@@ -101,11 +102,11 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
         total, heads, dim = q_THD.shape
         product, sums = matmul or q_THD.dtype, wide(q_THD.dtype)
-        scaled = torch.empty(q_THD.shape, dtype=product, device=q_THD.device)
+        queries = q_THD.to(product)
         window = window_KD.to(product)
         entries = None if entries_CD is None else entries_CD.to(product)
         sink = sink_H.to(sums)
-        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        out = torch.empty(q_THD.shape, dtype=product, device=q_THD.device)
         selections: list[Tensor | None] = []
         learned = [x for x in (index_q, index_weight, index_keys) if x is not None]
         index_grads, kept = [torch.zeros_like(x) for x in learned], IndexerLoss()
@@ -123,9 +124,8 @@ class _Attention(torch.autograd.Function):
                     chosen = select_topk(scores.detach(), keys.index.topk)
             selections.append(chosen)
             kv = c.rows(window, entries)
-            q = scaled[c.a : c.b].copy_(q_THD[c.a : c.b] * dim**-0.5).view(-1, dim)
-            p = _probabilities(q, kv, c.hidden(chosen), sink)[..., :-1]
-            out[c.a : c.b] = (p.to(product).view(-1, len(kv)) @ kv).view(-1, heads, dim)
+            p = _probabilities(queries[c.a : c.b].reshape(-1, dim), kv, c.hidden(chosen), sink)[..., :-1]
+            torch.mm(p.to(product).view(-1, len(kv)), kv, out=out[c.a : c.b].view(-1, dim))
             if learned and scores is not None and chosen is not None and bool(chosen.any()):
                 with torch.enable_grad():
                     reference.add_indexer_loss(kept, p[..., c.high - c.low :], scores, chosen)
@@ -133,45 +133,42 @@ class _Attention(torch.autograd.Function):
                 kept.kl[-1] = kept.kl[-1].detach()
                 for summed, grad in zip(c.index_rows(*index_grads), grads, strict=True):
                     summed += grad
-        ctx.save_for_backward(scaled, window, entries, sink, *index_grads)
+        ctx.save_for_backward(queries, window, entries, sink, *index_grads)
         ctx.keys, ctx.selections = keys, selections
         ctx.types = (q_THD.dtype, window_KD.dtype, entries_CD.dtype if entries_CD is not None else None, sink_H.dtype)
         ctx.set_materialize_grads(False)
         kl, uniform = (torch.stack(x).sum() if x else sink.new_zeros(()) for x in (kept.kl, kept.uniform))
         ctx.mark_non_differentiable(uniform)
-        return out, kl, uniform, kept.queries
+        return out.to(q_THD.dtype), kl, uniform, kept.queries
 
     @staticmethod
     def backward(
         ctx: Any, dout: Tensor | None, dkl: Tensor | None, _uniform: None, _queries: None
     ) -> tuple[Tensor | None, ...]:
-        scaled, window, entries, sink, *index_grads = ctx.saved_tensors
+        queries, window, entries, sink, *index_grads = ctx.saved_tensors
         learned = tuple(g * dkl for g in index_grads) if index_grads and dkl is not None else (None, None, None)
         if dout is None or not any(ctx.needs_input_grad[:4]):
             return None, None, None, None, *learned, None, None
-        total, heads, dim = scaled.shape
-        product, sums = scaled.dtype, sink.dtype
-        dq = torch.empty(scaled.shape, dtype=ctx.types[0], device=scaled.device)
-        dwindow = torch.zeros(window.shape, dtype=sums, device=scaled.device)
+        total, heads, dim = queries.shape
+        product, sums = queries.dtype, sink.dtype
+        dq = torch.empty(queries.shape, dtype=product, device=queries.device)
+        dwindow = torch.zeros(window.shape, dtype=sums, device=queries.device)
         seen = ctx.keys.ratio and ctx.keys.start + total >= ctx.keys.ratio  # else no gradient, not one of zeros
-        dentries = torch.zeros(entries.shape, dtype=sums, device=scaled.device) if seen else None
+        dentries = torch.zeros(entries.shape, dtype=sums, device=queries.device) if seen else None
         dsink = torch.zeros_like(sink)
-        for c, chosen in zip(_chunks(ctx.keys, total, heads, scaled.device), ctx.selections, strict=True):
+        for c, chosen in zip(_chunks(ctx.keys, total, heads, queries.device), ctx.selections, strict=True):
             kv = c.rows(window, entries)
-            q, do = scaled[c.a : c.b].view(-1, dim), dout[c.a : c.b].to(product).reshape(-1, dim)
+            q, do = queries[c.a : c.b].reshape(-1, dim), dout[c.a : c.b].to(product).reshape(-1, dim)
             p = _probabilities(q, kv, c.hidden(chosen), sink)
             dp = torch.zeros_like(p)
             dp[..., :-1] = (do @ kv.T).view(-1, heads, len(kv))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             dsink += ds[..., -1].sum(0)
-            # A key is its own value: its gradient is one product over [P; dS] and [dO; Q].
-            left = torch.empty(2, len(q), len(kv), dtype=product, device=q.device)
-            left[0].view(-1, heads, len(kv)).copy_(p[..., :-1])
-            left[1].view(-1, heads, len(kv)).copy_(ds[..., :-1])
-            torch.mul((left[1] @ kv).view(-1, heads, dim), dim**-0.5, out=dq[c.a : c.b])
-            dkv = left.flatten(0, 1).T @ torch.cat((do, q))
+            narrow_p, narrow_ds = (v[..., :-1].to(product).view(-1, len(kv)) for v in (p, ds.mul_(dim**-0.5)))
+            torch.mm(narrow_ds, kv, out=dq[c.a : c.b].view(-1, dim))
+            dkv = (narrow_p.T @ do).addmm_(narrow_ds.T, q)  # a key is its own value
             dwindow[c.low : c.high] += dkv[: c.high - c.low]
             if dentries is not None:
                 dentries[: c.visible] += dkv[c.high - c.low :]
         narrow = None if dentries is None else dentries.to(ctx.types[2])
-        return dq, dwindow.to(ctx.types[1]), narrow, dsink.to(ctx.types[3]), *learned, None, None
+        return dq.to(ctx.types[0]), dwindow.to(ctx.types[1]), narrow, dsink.to(ctx.types[3]), *learned, None, None

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hadal.kernels.fused.grad import wants_grad, wide
+from hadal.kernels.fused.grad import shares, wants_grad, wide
 from hadal.kernels.reference import dense as reference
+
+
+def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """As the reference, but a carrier narrower than FP32 also is the type of the products."""
+    if x.dtype == wide(x.dtype) or not wants_grad(x, weight):
+        return reference.linear_f32(x, weight)
+    out: Tensor = _Linear.apply(x, weight)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,8 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def head_norm(q_THD: Tensor, eps: float) -> Tensor:
-    """As the reference."""
-    if not wants_grad(q_THD) or q_THD.dtype != wide(q_THD.dtype):
+    """As the reference, in FP32 whatever the carrier."""
+    if not wants_grad(q_THD):
         return reference.head_norm(q_THD, eps)
     out: Tensor = _Norm.apply(q_THD, None, eps)
     return out
@@ -32,11 +40,28 @@ def head_norm(q_THD: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
     """As the reference."""
-    if not wants_grad(x) or x.dtype != wide(x.dtype) or x.shape[-1] % 2:
+    if not wants_grad(x):
         return reference.rotate(x, cos, sin, inverse=inverse)
-    turn = torch.complex(cos, -sin if inverse else sin).to(x.dtype.to_complex())
+    turn = torch.complex(cos, -sin if inverse else sin).to(wide(x.dtype).to_complex())
     out: Tensor = _Turn.apply(x, turn.view(len(x), *(1,) * (x.dim() - 2), -1))
     return out
+
+
+class _Linear(torch.autograd.Function):
+    """x weight^T in x's type, then FP32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        narrow = weight.to(x_TD.dtype)
+        ctx.save_for_backward(x_TD, narrow)
+        ctx.type = weight.dtype
+        return (x_TD @ narrow.T).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight = ctx.saved_tensors
+        narrow = grad.to(x_TD.dtype)
+        return narrow @ weight, (narrow.T @ x_TD).to(ctx.type)
 
 
 class _Norm(torch.autograd.Function):
@@ -44,25 +69,32 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        x32 = x.to(wide(x.dtype))
-        square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_()
-        r = torch.rsqrt(square / x.shape[-1] + eps)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        r = torch.empty((*x.shape[:-1], 1), dtype=wide(x.dtype), device=x.device)
+        for c in shares(x):
+            x32 = x[c].to(r.dtype)
+            square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_()
+            torch.rsqrt(square.div_(x.shape[-1]).add_(eps), out=r[c])
+            y = x32 * r[c]
+            out[c] = y if weight is None else y.mul_(weight)
         ctx.save_for_backward(x, weight, r)
-        out = x32 * r
-        return (out if weight is None else out.mul_(weight)).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
-        x32, grad32 = x.to(r.dtype), grad.to(r.dtype)
-        dweight = None
-        gx = grad32 * x32
-        if weight is not None:
-            dweight = (gx * r).flatten(0, -2).sum(0).to(weight.dtype)
-            gx.mul_(weight)
-        slope = gx.sum(-1, keepdim=True).mul_(r.pow(3)).div_(-x.shape[-1])
-        dx = torch.mul(grad32, weight, out=gx).mul_(r) if weight is not None else torch.mul(grad32, r, out=gx)
-        return dx.addcmul_(x32, slope).to(x.dtype), dweight, None
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dweight = None if weight is None else torch.zeros_like(weight)
+        for c in shares(x):
+            x32, g = x[c].to(r.dtype), grad[c].to(r.dtype)
+            gx = g * x32
+            if dweight is not None:
+                dweight += (gx * r[c]).flatten(0, -2).sum(0)
+                gx.mul_(weight)
+            slope = gx.sum(-1, keepdim=True).mul_(r[c].pow(3)).div_(-x.shape[-1])
+            g = torch.mul(g, r[c], out=gx)
+            dx[c] = (g if weight is None else g.mul_(weight)).addcmul_(x32, slope)
+        return dx, dweight, None
 
 
 class _Turn(torch.autograd.Function):
@@ -81,5 +113,8 @@ class _Turn(torch.autograd.Function):
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    torch.view_as_complex(out[..., -2 * turn.shape[-1] :].unflatten(-1, (-1, 2))).mul_(turn)
+    tail = out[..., -2 * turn.shape[-1] :]
+    pairs = tail.to(wide(x.dtype), copy=True, memory_format=torch.contiguous_format).unflatten(-1, (-1, 2))
+    torch.view_as_complex(pairs).mul_(turn)
+    tail.copy_(pairs.flatten(-2))
     return out

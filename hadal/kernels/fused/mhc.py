@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hadal.kernels.fused.grad import wants_grad, wide
+from hadal.kernels.fused.grad import shares, wants_grad
 from hadal.kernels.reference import mhc as reference
 
 
@@ -18,7 +18,7 @@ def stream_maps(
     x_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    if not (_fits(x_TND) and wants_grad(x_TND, fn, base, scale)):
+    if not wants_grad(x_TND, fn, base, scale):
         return reference.stream_maps(
             x_TND, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps
         )  # fmt: skip
@@ -30,16 +30,20 @@ def stream_maps(
     return gates[:, 0] + eps, 2 * gates[:, 1], comb
 
 
-def mix_out(x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+def mix_in(x_TND: Tensor, pre_TN: Tensor) -> Tensor:
     """As the reference."""
-    if not (_fits(x_TND) and wants_grad(x_TND, y_TD, post_TN, comb_TNN)):
-        return reference.mix_out(x_TND, y_TD, post_TN, comb_TNN)
-    out: Tensor = _MixOut.apply(x_TND, y_TD, post_TN, comb_TNN)
+    if not wants_grad(x_TND, pre_TN):
+        return reference.mix_in(x_TND, pre_TN)
+    out: Tensor = _MixIn.apply(x_TND, pre_TN)
     return out
 
 
-def _fits(x_TND: Tensor) -> bool:
-    return x_TND.dtype == wide(x_TND.dtype)
+def mix_out(x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
+    """As the reference."""
+    if not wants_grad(x_TND, y_TD, post_TN, comb_TNN):
+        return reference.mix_out(x_TND, y_TD, post_TN, comb_TNN)
+    out: Tensor = _MixOut.apply(x_TND, y_TD, post_TN, comb_TNN)
+    return out
 
 
 class _Project(torch.autograd.Function):
@@ -47,20 +51,26 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TND: Tensor, fn: Tensor, eps: float) -> Tensor:
-        x = x_TND.flatten(1)
-        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps)
-        out = (x @ fn.T).mul_(r)
+        r = torch.empty(len(x_TND), 1, dtype=fn.dtype, device=fn.device)
+        out = torch.empty(len(x_TND), len(fn), dtype=fn.dtype, device=fn.device)
+        for c in shares(x_TND):
+            x = x_TND[c].flatten(1).to(fn.dtype)
+            r[c] = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps)
+            out[c] = (x @ fn.T).mul_(r[c])
         ctx.save_for_backward(x_TND, fn, r, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TND, fn, r, out = ctx.saved_tensors
-        x = x_TND.flatten(1)
-        slope = (grad_TM * out).sum(-1, keepdim=True).mul_(r.square()).div_(-x.shape[-1])
+        slope = (grad_TM * out).sum(-1, keepdim=True).mul_(r.square()).div_(-fn.shape[1])
         grad = grad_TM * r
-        dx = torch.mul(x, slope).addmm_(grad, fn)
-        return dx.view_as(x_TND), grad.T @ x, None
+        dx, dfn = torch.empty_like(x_TND), torch.zeros_like(fn)
+        for c in shares(x_TND):
+            x = x_TND[c].flatten(1).to(fn.dtype)
+            dfn.addmm_(grad[c].T, x)
+            dx[c] = torch.mul(x, slope[c]).addmm_(grad[c], fn).view_as(dx[c])
+        return dx, dfn, None
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -96,19 +106,48 @@ class _Sinkhorn(torch.autograd.Function):
         return dlogits.permute(2, 0, 1), None, None
 
 
+class _MixIn(torch.autograd.Function):
+    """sum_j pre[j] X[j]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TND: Tensor, pre_TN: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TND, pre_TN)
+        out = x_TND.new_empty(len(x_TND), x_TND.shape[2])
+        for c in shares(x_TND):
+            out[c] = torch.bmm(pre_TN[c].unsqueeze(1), x_TND[c].to(pre_TN.dtype)).squeeze(1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+        x_TND, pre_TN = ctx.saved_tensors
+        dx, dpre = torch.empty_like(x_TND), torch.empty_like(pre_TN)
+        for c in shares(x_TND):
+            grad = grad_TD[c].to(pre_TN.dtype).unsqueeze(1)
+            dx[c] = pre_TN[c].unsqueeze(2) * grad
+            dpre[c] = torch.bmm(grad, x_TND[c].to(pre_TN.dtype).transpose(1, 2)).squeeze(1)
+        return dx, dpre
+
+
 class _MixOut(torch.autograd.Function):
     """X'[k] = post[k] y + sum_j comb[j, k] X[j]."""
 
     @staticmethod
     def forward(ctx: Any, x_TND: Tensor, y_TD: Tensor, post_TN: Tensor, comb_TNN: Tensor) -> Tensor:
         ctx.save_for_backward(x_TND, y_TD, post_TN, comb_TNN)
-        out = torch.bmm(comb_TNN.transpose(1, 2), x_TND)
-        return out.addcmul_(post_TN.unsqueeze(2), y_TD.unsqueeze(1))
+        out, sums = torch.empty_like(x_TND), post_TN.dtype
+        for c in shares(x_TND):
+            mixed = torch.bmm(comb_TNN[c].transpose(1, 2), x_TND[c].to(sums))
+            out[c] = mixed.addcmul_(post_TN[c].unsqueeze(2), y_TD[c].to(sums).unsqueeze(1))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x_TND, y_TD, post_TN, comb_TNN = ctx.saved_tensors
-        dx = torch.bmm(comb_TNN, grad_TND)
-        dy = torch.bmm(post_TN.unsqueeze(1), grad_TND).squeeze(1)
-        dpost = torch.bmm(y_TD.unsqueeze(1), grad_TND.transpose(1, 2)).squeeze(1)
-        return dx, dy, dpost, torch.bmm(x_TND, grad_TND.transpose(1, 2))
+        dx, dy, dpost, dcomb = (torch.empty_like(v) for v in ctx.saved_tensors)
+        for c in shares(x_TND):
+            x, y, grad = (v[c].to(post_TN.dtype) for v in (x_TND, y_TD, grad_TND))
+            dx[c] = torch.bmm(comb_TNN[c], grad)
+            dy[c] = torch.bmm(post_TN[c].unsqueeze(1), grad).squeeze(1)
+            dpost[c] = torch.bmm(y.unsqueeze(1), grad.transpose(1, 2)).squeeze(1)
+            dcomb[c] = torch.bmm(x, grad.transpose(1, 2))
+        return dx, dy, dpost, dcomb

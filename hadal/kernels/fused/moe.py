@@ -35,7 +35,7 @@ def swiglu(
     if quantise_input or not (_plain(w1, w2, w3) and wants_grad(x, weight, w1, w2, w3)):
         return reference.swiglu(x, w1, w2, w3, num, limit=limit, quantise_input=quantise_input, weight=weight)
     stacks = [w.unsqueeze(0) for w in (w1, w2, w3) if isinstance(w, Tensor)]
-    out: Tensor = _Swiglu.apply(x, weight, *stacks, [len(x)], limit, num.matmul or x.dtype)
+    out: Tensor = _Swiglu.apply(x, None, weight, *stacks, [len(x)], limit, num.matmul or x.dtype)
     return out.to(x.dtype)
 
 
@@ -57,8 +57,8 @@ def routed_experts(
     counts = torch.bincount(flat, minlength=len(w1)).tolist()
     tokens_R = order // ids_TK.shape[1]
     mixing = weights_TK.reshape(-1)[order].unsqueeze(-1)
-    y_RD = _Swiglu.apply(x_TD.index_select(0, tokens_R), mixing, w1, w2, w3, counts, limit, num.matmul or x_TD.dtype)
-    return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, tokens_R, y_RD)
+    out: Tensor = _Swiglu.apply(x_TD, tokens_R, mixing, w1, w2, w3, counts, limit, num.matmul or x_TD.dtype)
+    return out
 
 
 def _plain(*weights: Any) -> bool:
@@ -66,42 +66,48 @@ def _plain(*weights: Any) -> bool:
 
 
 class _Swiglu(torch.autograd.Function):
-    """Clamped SwiGLU of rows grouped by expert; keeps both branches before the clamp and recomputes the rest.
+    """Clamped SwiGLU of the named tokens' rows grouped by expert, summed per token; all rows in order without names.
 
-    Products run in `product`, everything between them and the result in FP32.
+    Keeps both branches before the clamp and recomputes the rest. Products run in `product`, all else in FP32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, mixing_R1: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor, counts: list[int],
-        limit: float, product: torch.dtype,
+        ctx: Any, x_TD: Tensor, tokens_R: Tensor | None, mixing_R1: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor,
+        counts: list[int], limit: float, product: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        x, w13, w2p = x_RD.to(product), torch.cat((w1.to(product), w3.to(product)), dim=1), w2.to(product)
-        branches = x.new_empty(len(x), w13.shape[1])
-        out = torch.empty_like(x_RD, dtype=wide(x_RD.dtype))
+        x, w2p, width = x_TD.to(product), w2.to(product), w1.shape[1]
+        w13 = x.new_empty(len(w1), 2 * width, w1.shape[2])
+        w13[:, :width], w13[:, width:] = w1, w3
+        branches = x.new_empty(sum(counts), w13.shape[1])
+        out = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype))
+        clipped = []
         for expert, a, b in _groups(counts):
-            both = torch.mm(x[a:b], w13[expert].T, out=branches[a:b])
-            gate, up = _clamped(both, limit)
+            both = torch.mm(_rows(x, tokens_R, a, b), w13[expert].T, out=branches[a:b])
+            clipped.append(a < b and not max(map(abs, map(float, both.aminmax()))) <= limit)
+            gate, up = _clamped(both, limit if clipped[-1] else None)
             h = F.silu(gate).mul_(up)
             if mixing_R1 is not None:
                 h.mul_(mixing_R1[a:b])
-            out[a:b] = h.to(product) @ w2p[expert].T
-        ctx.save_for_backward(x, mixing_R1, w13, w2p, branches)
-        ctx.counts, ctx.limit, ctx.types = counts, limit, (x_RD.dtype, w1.dtype, w2.dtype, w3.dtype)
+            _put(out, tokens_R, a, b, h.to(product) @ w2p[expert].T)
+        ctx.save_for_backward(x, tokens_R, mixing_R1, w13, w2p, branches)
+        ctx.counts, ctx.limit, ctx.clipped = counts, limit, clipped
+        ctx.types = x_TD.dtype, w1.dtype, w2.dtype, w3.dtype
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x, mixing, w13, w2, branches = ctx.saved_tensors
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x, tokens, mixing, w13, w2, branches = ctx.saved_tensors
         product, width = x.dtype, w2.shape[2]
-        grad = grad_RD.to(product)
-        dx = torch.empty_like(x, dtype=ctx.types[0])
+        grad = grad_TD.to(product)
+        dx = torch.zeros_like(x, dtype=wide(x.dtype))
         dmixing = None if mixing is None else torch.empty_like(mixing)
         shapes = w13[:, :width].shape, w2.shape, w13[:, width:].shape
-        dw1, dw2, dw3 = (x.new_zeros(s, dtype=t) for s, t in zip(shapes, ctx.types[1:], strict=True))
-        for expert, a, b in _groups(ctx.counts):
-            both, dy = branches[a:b], grad[a:b]
-            gate, up = _clamped(both, ctx.limit)
+        dw1, dw2, dw3 = (x.new_empty(s, dtype=t) for s, t in zip(shapes, ctx.types[1:], strict=True))
+        done = -1
+        for (expert, a, b), clipped in zip(_groups(ctx.counts), ctx.clipped, strict=True):
+            both, xe, dy = branches[a:b], _rows(x, tokens, a, b), _rows(grad, tokens, a, b)
+            gate, up = _clamped(both, ctx.limit if clipped else None)
             h = F.silu(gate)
             dh = (dy @ w2[expert]).to(gate.dtype)
             dboth = torch.empty(both.shape, dtype=gate.dtype, device=x.device)
@@ -112,28 +118,42 @@ class _Swiglu(torch.autograd.Function):
                 dh.mul_(mixing[a:b])
                 dup.mul_(mixing[a:b])
             dgate.copy_(torch.ops.aten.silu_backward(dh.mul_(up), gate))
-            dup.masked_fill_(both[:, width:].abs() > ctx.limit, 0.0)
-            dgate.masked_fill_(both[:, :width] > ctx.limit, 0.0)
+            if clipped:
+                dup.masked_fill_(both[:, width:].abs() > ctx.limit, 0.0)
+                dgate.masked_fill_(both[:, :width] > ctx.limit, 0.0)
             h.mul_(up)
             if mixing is not None:
                 h.mul_(mixing[a:b])
             narrow = dboth.to(product)
-            dx[a:b] = narrow @ w13[expert]
-            dw2[expert] += dy.T @ h.to(product)
-            dw1[expert] += narrow[:, :width].T @ x[a:b]
-            dw3[expert] += narrow[:, width:].T @ x[a:b]
-        return dx, dmixing, dw1, dw2, dw3, None, None, None
+            _put(dx, tokens, a, b, narrow @ w13[expert])
+            keep = Tensor.add_ if expert == done else Tensor.copy_
+            keep(dw2[expert], dy.T @ h.to(product))
+            keep(dw1[expert], narrow[:, :width].T @ xe)
+            keep(dw3[expert], narrow[:, width:].T @ xe)
+            done = expert
+        return dx.to(ctx.types[0]), None, dmixing, dw1, dw2, dw3, None, None, None
 
 
 def _groups(counts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, last row + 1) of every product."""
+    """(expert, first row, last row + 1) of every product; at least one for each expert."""
     begin = 0
     for expert, count in enumerate(counts):
-        for a in range(begin, begin + count, ROWS):
+        for a in range(begin, begin + max(1, count), ROWS):
             yield expert, a, min(a + ROWS, begin + count)
         begin += count
 
 
-def _clamped(both_R2I: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def _rows(x_TD: Tensor, tokens_R: Tensor | None, a: int, b: int) -> Tensor:
+    return x_TD[a:b] if tokens_R is None else x_TD.index_select(0, tokens_R[a:b])
+
+
+def _put(out_TD: Tensor, tokens_R: Tensor | None, a: int, b: int, rows: Tensor) -> None:
+    if tokens_R is None:
+        out_TD[a:b] = rows
+    else:
+        out_TD.index_add_(0, tokens_R[a:b], rows.to(out_TD.dtype))
+
+
+def _clamped(both_R2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     gate, up = both_R2I.to(wide(both_R2I.dtype)).chunk(2, dim=1)
-    return gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
