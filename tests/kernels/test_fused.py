@@ -224,15 +224,23 @@ def test_a_training_pass_over_ragged_documents_equals_the_reference(dense):
         assert float((found[name] - gradient).norm()) < 1e-5 * float(gradient.norm()), name
 
 
-def test_mixed_precision_stays_as_near_to_float32_as_the_reference():
+@pytest.mark.parametrize("carrier", [torch.float32, torch.bfloat16])
+def test_mixed_precision_stays_as_near_to_float32_as_the_reference(carrier):
+    """With BF16 products, and with BF16 activations too.
+
+    On the model of benchmarks/training_pair.py the gradients' relative errors against float32, as root mean square and
+    median over parameters, are 0.158 and 0.129 with BF16 products and 0.193 and 0.132 with BF16 activations; those of
+    transformers in BF16 against itself in float32 are 0.242 and 0.142.
+    """
     _, exact = loss_and_gradients("reference", Numerics())
-    mixed = Numerics(matmul=torch.bfloat16)
+    mixed = Numerics(dtype=carrier, matmul=torch.bfloat16)
     (_, found), (_, want) = (loss_and_gradients(b, mixed) for b in ("fused", "reference"))
 
     def error(gradients):
         parts = [((gradients[n] - g).norm() / g.norm()).square() for n, g in exact.items()]
         return float(torch.stack(parts).mean().sqrt())
 
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert 0 < error(found) < 1.3 * error(want)
 
 

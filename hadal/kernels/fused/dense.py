@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hadal.kernels.fused.grad import shares, wants_grad, wide
@@ -18,8 +19,7 @@ def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
     """As the reference, but a carrier narrower than FP32 also is the type of the products."""
     if x.dtype == wide(x.dtype) or not wants_grad(x, weight):
         return reference.linear_f32(x, weight)
-    out: Tensor = _Linear.apply(x, weight)
-    return out
+    return F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,23 +45,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     turn = torch.complex(cos, -sin if inverse else sin).to(wide(x.dtype).to_complex())
     out: Tensor = _Turn.apply(x, turn.view(len(x), *(1,) * (x.dim() - 2), -1))
     return out
-
-
-class _Linear(torch.autograd.Function):
-    """x weight^T in x's type, then FP32."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
-        narrow = weight.to(x_TD.dtype)
-        ctx.save_for_backward(x_TD, narrow)
-        ctx.type = weight.dtype
-        return (x_TD @ narrow.T).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight = ctx.saved_tensors
-        narrow = grad.to(x_TD.dtype)
-        return narrow @ weight, (narrow.T @ x_TD).to(ctx.type)
 
 
 class _Norm(torch.autograd.Function):

@@ -19,9 +19,7 @@ def stream_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     if not wants_grad(x_TND, fn, base, scale):
-        return reference.stream_maps(
-            x_TND, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps
-        )  # fmt: skip
+        return reference.stream_maps(x_TND, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
     n = x_TND.shape[1]
     m = _Project.apply(x_TND, fn, norm_eps)
     m = torch.addcmul(base, m, scale.repeat_interleave(torch.tensor([n, n, n * n], device=scale.device)))

@@ -21,34 +21,22 @@ ROWS = 512  # rows of one product, so that what lies between two products stays 
 
 
 def swiglu(
-    x: Tensor,
-    w1: Weight,
-    w2: Weight,
-    w3: Weight,
-    num: Numerics,
-    *,
-    limit: float,
-    quantise_input: bool,
+    x: Tensor, w1: Weight, w2: Weight, w3: Weight, num: Numerics, *, limit: float, quantise_input: bool,
     weight: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As the reference."""
     if quantise_input or not (_plain(w1, w2, w3) and wants_grad(x, weight, w1, w2, w3)):
         return reference.swiglu(x, w1, w2, w3, num, limit=limit, quantise_input=quantise_input, weight=weight)
     stacks = [w.unsqueeze(0) for w in (w1, w2, w3) if isinstance(w, Tensor)]
-    out: Tensor = _Swiglu.apply(x, None, weight, *stacks, [len(x)], limit, num.matmul or x.dtype)
+    rows = torch.arange(len(x), device=x.device)
+    out: Tensor = _Swiglu.apply(x, rows, weight, *stacks, [len(x)], limit, num.matmul or x.dtype)
     return out.to(x.dtype)
 
 
 def routed_experts(
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    w1: Sequence[Weight] | Tensor,
-    w2: Sequence[Weight] | Tensor,
-    w3: Sequence[Weight] | Tensor,
-    num: Numerics,
-    limit: float,
-) -> Tensor:
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w1: Sequence[Weight] | Tensor, w2: Sequence[Weight] | Tensor,
+    w3: Sequence[Weight] | Tensor, num: Numerics, limit: float,
+) -> Tensor:  # fmt: skip
     """As the reference."""
     if num.expert_inputs or not (_plain(w1, w2, w3) and wants_grad(x_TD, weights_TK, w1, w2, w3)):
         return reference.routed_experts(x_TD, ids_TK, weights_TK, w1, w2, w3, num, limit)
@@ -66,14 +54,14 @@ def _plain(*weights: Any) -> bool:
 
 
 class _Swiglu(torch.autograd.Function):
-    """Clamped SwiGLU of the named tokens' rows grouped by expert, summed per token; all rows in order without names.
+    """Clamped SwiGLU of the named tokens' rows grouped by expert, summed per token.
 
     Keeps both branches before the clamp and recomputes the rest. Products run in `product`, all else in FP32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, tokens_R: Tensor | None, mixing_R1: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor,
+        ctx: Any, x_TD: Tensor, tokens_R: Tensor, mixing_R1: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor,
         counts: list[int], limit: float, product: torch.dtype,
     ) -> Tensor:  # fmt: skip
         x, w2p, width = x_TD.to(product), w2.to(product), w1.shape[1]
@@ -83,13 +71,13 @@ class _Swiglu(torch.autograd.Function):
         out = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype))
         clipped = []
         for expert, a, b in _groups(counts):
-            both = torch.mm(_rows(x, tokens_R, a, b), w13[expert].T, out=branches[a:b])
+            both = torch.mm(x[tokens_R[a:b]], w13[expert].T, out=branches[a:b])
             clipped.append(a < b and not max(map(abs, map(float, both.aminmax()))) <= limit)
             gate, up = _clamped(both, limit if clipped[-1] else None)
             h = F.silu(gate).mul_(up)
             if mixing_R1 is not None:
                 h.mul_(mixing_R1[a:b])
-            _put(out, tokens_R, a, b, h.to(product) @ w2p[expert].T)
+            out.index_add_(0, tokens_R[a:b], (h.to(product) @ w2p[expert].T).to(out.dtype))
         ctx.save_for_backward(x, tokens_R, mixing_R1, w13, w2p, branches)
         ctx.counts, ctx.limit, ctx.clipped = counts, limit, clipped
         ctx.types = x_TD.dtype, w1.dtype, w2.dtype, w3.dtype
@@ -106,7 +94,7 @@ class _Swiglu(torch.autograd.Function):
         dw1, dw2, dw3 = (x.new_empty(s, dtype=t) for s, t in zip(shapes, ctx.types[1:], strict=True))
         done = -1
         for (expert, a, b), clipped in zip(_groups(ctx.counts), ctx.clipped, strict=True):
-            both, xe, dy = branches[a:b], _rows(x, tokens, a, b), _rows(grad, tokens, a, b)
+            both, xe, dy = branches[a:b], x[tokens[a:b]], grad[tokens[a:b]]
             gate, up = _clamped(both, ctx.limit if clipped else None)
             h = F.silu(gate)
             dh = (dy @ w2[expert]).to(gate.dtype)
@@ -125,7 +113,7 @@ class _Swiglu(torch.autograd.Function):
             if mixing is not None:
                 h.mul_(mixing[a:b])
             narrow = dboth.to(product)
-            _put(dx, tokens, a, b, narrow @ w13[expert])
+            dx.index_add_(0, tokens[a:b], (narrow @ w13[expert]).to(dx.dtype))
             keep = Tensor.add_ if expert == done else Tensor.copy_
             keep(dw2[expert], dy.T @ h.to(product))
             keep(dw1[expert], narrow[:, :width].T @ xe)
@@ -141,17 +129,6 @@ def _groups(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         for a in range(begin, begin + max(1, count), ROWS):
             yield expert, a, min(a + ROWS, begin + count)
         begin += count
-
-
-def _rows(x_TD: Tensor, tokens_R: Tensor | None, a: int, b: int) -> Tensor:
-    return x_TD[a:b] if tokens_R is None else x_TD.index_select(0, tokens_R[a:b])
-
-
-def _put(out_TD: Tensor, tokens_R: Tensor | None, a: int, b: int, rows: Tensor) -> None:
-    if tokens_R is None:
-        out_TD[a:b] = rows
-    else:
-        out_TD.index_add_(0, tokens_R[a:b], rows.to(out_TD.dtype))
 
 
 def _clamped(both_R2I: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
