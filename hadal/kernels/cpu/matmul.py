@@ -3,9 +3,9 @@
 A weight lies in panels of 32 output columns, a panel in blocks of 32 k. A block expands to the two B tiles of
 `tiles.multiply`, 2,048 bytes:
   bf16  these tiles as they are
-  fp8   the panel begins with four bytes per 128 k, an E8M0 byte for each tile and, for each, whether it has a zero or
-        a subnormal, padded to 64 bytes; a block is 1,024 E4M3 codes, 64 bytes for two pairs of k, byte 2w + h being
-        word w of pair h
+  fp8   the panel begins with four bytes per 128 k, an E8M0 byte for each tile and, for each, a bit per block that has
+        a zero or a subnormal, padded to 64 bytes; a block is 1,024 E4M3 codes, 64 bytes for two pairs of k, byte
+        2w + h being word w of pair h
   fp4   per tile 16 E8M0 bytes, one per column, then 4 x 64 bytes: nibble i of word (column, parity) of vector q is
         the code of k = 2 (4q + i) + parity
 The expansion is exact: scales are powers of two. The first block of rows expands a panel into scratch while it
@@ -85,7 +85,9 @@ class _Expander:
             self._fp4(place, to)
         else:
             for tile in range(2):
-                self._fp8(f.at(self.panel, (i >> 2) * 4 + tile), f.at(place, 512 * tile), f.at(to, TILE * tile))
+                head = f.at(self.panel, (i >> 2) * 4 + tile)
+                special = ((f.load(I8, head, 2).zext(I64) >> (i & 3)) & 1).differs(0)
+                self._fp8(head, special, f.at(place, 512 * tile), f.at(to, TILE * tile))
 
     def _fp4(self, place: Value, to: Value) -> None:
         f = self.f
@@ -113,13 +115,12 @@ class _Expander:
         half = magnitude.equals(1).choose(f.const(_WORDS, (126 << 7) + _LIFT), normal)
         return magnitude.equals(0).choose(f.const(_WORDS, 0), half | sign)
 
-    def _fp8(self, head: Value, codes: Value, to: Value) -> None:
+    def _fp8(self, head: Value, special: Value, codes: Value, to: Value) -> None:
         """A tile: without zeros and subnormals a code's bits need only be moved and their exponent raised."""
         f = self.f
         if not self.isa.avx512:
             return self._fp8_wide(head, codes, to)
         scale = (f.load(I8, head).zext(I16) - 127) << 7
-        special = f.load(I8, head, 2).differs(0)
         with f.when(special):
             self._fp8_lookup(scale.spread(64), codes, to)
         with f.when(special.equals(0)):
@@ -164,13 +165,14 @@ def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> Non
     """The kernel `product_<form>_<epilogue>`: all groups of a job; words as in `JOB`."""
     with module.kernel(f"product_{form}_{epilogue}", JOB) as k:
         f = k.f
-        configure(f, k.isa)
         panels, blocks = k.arg("panels"), k.arg("blocks")
         count = f.load(I64, k.ptr("groups"))
         scratch = f.at(k.ptr("scratch"), k.arg("scratch_step") * f["thread"])
         most = f.var(f.const(I64, 0))
         for i in f.range(count):
             most.set(most.get().max(f.load(I64, k.ptr("groups"), i * (8 * GROUP_WORDS) + 8 * GROUP_WORDS)))
+        tall = most.get().min(16).max(1)
+        configure(f, k.isa, tall)
         chunk = (f.const(I64, CHUNK_BYTES) / k.arg("row_stride") & -ROW_PADDING).max(ROW_PADDING)
         for begin in f.range(most.get(), 0, chunk):
             for unit in k.share(count * panels):
@@ -181,7 +183,7 @@ def emit_products(module: KernelModule, form: Format, epilogue: Epilogue) -> Non
                 a = f.at(k.ptr("rows"), here * k.arg("row_stride") + matrix * k.arg("row_step"))
                 left = (rows - begin).min(chunk)
                 with f.when(left > 0):
-                    _panel(k, form, epilogue, weight, a, here, left, panel, blocks, scratch, matrix)
+                    _panel(k, form, epilogue, weight, a, here, left, panel, blocks, scratch, matrix, tall)
         release(f, k.isa)
 
 
@@ -196,9 +198,9 @@ def _panel_size(blocks: Value, form: Format) -> Value:
 
 def _panel(
     k: Kernel, form: Format, epilogue: Epilogue, weight: Value, a: Value, first: Value, rows: Value, panel: Value,
-    blocks: Value, scratch: Value, matrix: Value,
+    blocks: Value, scratch: Value, matrix: Value, tall: Value,
 ) -> None:  # fmt: skip
-    """All rows of a group by one panel, in blocks of rows; the first block of rows expands the panel."""
+    """All rows of a group by one panel, in blocks of rows; the first one expands the panel. Tiles have `tall` rows."""
     f, isa = k.f, k.isa
     sizes = row_blocks(isa)
     stride = k.arg("row_stride")
@@ -228,8 +230,9 @@ def _panel(
                     expander.block(i + AHEAD, place(i + AHEAD))
 
         valid = (rows - done.get()).min(size)
-        # A tile register always has 16 rows: what lies beyond the group is computed and not stored.
-        direct = valid.equals(size) if epilogue == "f32" else f.const(I1, 0)
+        # Tiles are as high as the largest group, up to 16: what they hold beyond a smaller one is not stored.
+        whole = tall if isa.amx and size == 16 else f.const(I64, size)
+        direct = valid.equals(whole) if epilogue == "f32" else f.const(I1, 0)
         target, target_stride = direct.choose(here, square), direct.choose(out_stride, f.const(I64, 128))
         a_stride = valid.equals(1).choose(f.const(I64, 0), stride)
         multiply(f, isa, size, f.at(a, done.get() * stride), a_stride, place, blocks, target, target_stride, ahead)

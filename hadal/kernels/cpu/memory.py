@@ -18,7 +18,7 @@ from hadal.kernels.cpu.target import cache_folder
 
 _PADDING = 4096  # kernels may read a little past the end of a buffer
 _KEEP_FROM = 1 << 25  # bytes; packing less takes a fraction of a second
-PACK_VERSION = 2  # of the packed layout; a change makes old cache files unfit
+PACK_VERSION = 3  # of the packed layout; a change makes old cache files unfit
 
 
 def buffer(nbytes: int) -> np.ndarray:

@@ -93,7 +93,8 @@ def _fill_fp8(
     head = panels_bytes[:, : 4 * groups].view(panels, groups, 4)
     head[:, :, tile] = scales[row.clamp(max=scales.shape[0] - 1)]
     special = torch.nn.functional.pad((codes & 0x78) == 0, (0, groups * 128 - codes.shape[2]))
-    head[:, :, 2 + tile] = special.view(panels, _TILE, groups, 128).any(3).any(1)
+    by_block = special.view(panels, _TILE, groups, 4, BLOCK).any(4).any(1)
+    head[:, :, 2 + tile] = (by_block * torch.tensor([1, 2, 4, 8])).sum(2).to(torch.uint8)
 
 
 def _fill_fp4(

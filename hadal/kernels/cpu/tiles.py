@@ -16,12 +16,18 @@ TILE = 1024  # bytes of a full tile: 16 rows of 64 bytes
 _VECTOR = vec(16, F32)
 
 
-def configure(f: Function, isa: Isa) -> None:
-    """Give this thread eight full tiles; a kernel that multiplies begins with it and ends with `release`."""
+def configure(f: Function, isa: Isa, rows: Value | None = None) -> None:
+    """Give this thread eight tiles; a kernel that multiplies begins with it and ends with `release`.
+
+    All are full, or with `rows` of at most 16 those of A and C have so many.
+    """
     if not isa.amx:
         return
     shape = f.scratch(64)
     f.store(f.const(vec(64, I8), [1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0]), shape)
+    if rows is not None:
+        f.store(rows.trunc(I8).spread(4), shape, 48)
+        f.store(rows.trunc(I8).spread(2), shape, 52)
     f.do("llvm.x86.ldtilecfg", shape)
 
 

@@ -71,11 +71,11 @@ def test_every_value_keeps_its_bits_and_padding_is_zero(form: str, n: int, colum
     assert not found[n:].any() and not found[:, columns:].any()
 
 
-def test_tiles_with_zeros_or_subnormals_are_marked() -> None:
+def test_blocks_of_a_tile_with_zeros_or_subnormals_are_marked() -> None:
     weight = torch.empty(32, 384).uniform_(1, 2, generator=torch.Generator().manual_seed(4))
     weight[3, 130], weight[20, 300] = 0, 2.0**-8 * 2 / 448
     marks = pack(quantise_fp8(weight)).view(-1)[:12].view(3, 4)[:, 2:]
-    assert marks.tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert marks.tolist() == [[0, 0], [1 << 0, 0], [0, 1 << 1]]  # columns 130 and 300 lie in blocks 0 and 1 of theirs
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "fp4"])

@@ -172,7 +172,9 @@ def test_experts_are_summed_as_in_the_reference(form: str, seed: int, rows: int,
     ids = torch.randint(0, 2 if few else 6, (rows, active), generator=torch.Generator().manual_seed(seed))
     found = CPU.routed_experts(x, ids, mixing, w1, w2, w3, num, LIMIT)
     want = REFERENCE.routed_experts(x, ids, mixing, w1, w2, w3, num, LIMIT)
-    assert found.dtype == torch.float32 and rms(found - want) < 2e-3 * rms(want)  # a few BF16 ulps; FP8 left out costs 5e-2
+    assert found.dtype == torch.float32 and rms(found - want) < 2e-3 * rms(
+        want
+    )  # a few BF16 ulps; FP8 left out costs 5e-2
     for t in range(rows):
         alone = CPU.routed_experts(x[t : t + 1], ids[t : t + 1], mixing[t : t + 1], w1, w2, w3, num, LIMIT)
         assert torch.equal(found[t : t + 1], alone)
