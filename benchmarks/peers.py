@@ -215,7 +215,8 @@ def measure_first_token() -> float:
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout
-        process.stdout.read(1)
+        if not process.stdout.read(1):
+            raise SystemExit("`hadal generate` wrote nothing; run it alone to see why")
         return time.perf_counter() - began
 
 

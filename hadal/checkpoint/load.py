@@ -21,6 +21,7 @@ from hadal.checkpoint.safetensors import CheckpointError
 from hadal.checkpoint.source import Checkpoint, open_checkpoint
 from hadal.kernels import KernelTable
 from hadal.kernels.cpu import unsupported
+from hadal.kernels.cpu.pack import PackError
 from hadal.kernels.cpu.target import detect
 from hadal.model import Model, Numerics
 from hadal.model.runner import build_runner
@@ -106,7 +107,14 @@ def load_model(
     assert not unfilled, f"parameters without a tensor: {unfilled[:3]}"
     _sources[model] = checkpoint
     if kernels == "runner":
-        model.runner = build_runner(model, checkpoint.identity())
+        try:
+            model.runner = build_runner(model, checkpoint.identity())
+        except PackError as error:
+            if backend == "cpu":
+                raise CheckpointError(
+                    f"the emitted CPU kernels cannot run this model: {error}; use backend 'reference'"
+                ) from error
+            return load_model(checkpoint.path, device, dtype, fake_quant, "fused")
     return model
 
 

@@ -75,7 +75,8 @@ class Checkpoint:
     def identity(self) -> str:
         """Tells these files from others and from later versions of themselves, without reading a weight."""
         files = {header.file for header in self.headers.values()}
-        facts = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+        found = [(f, f.stat()) for f in files]
+        facts = sorted((str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f, s in found)
         return repr(facts)
 
     def _check_experts(self, spec: TensorSpec, ids: Tensor) -> None:

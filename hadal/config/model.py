@@ -253,6 +253,10 @@ def _validate(c: ModelConfig) -> None:
                 "`dspark_block_size` is set but `compress_ratios` has no entries for the draft stages",
             ),
             (
+                list(targets) == sorted(set(targets)),
+                f"`dspark_target_layer_ids` {list(targets)} must rise, each layer once",
+            ),
+            (
                 all(isinstance(i, int) and 0 <= i < layers for i in targets),
                 f"`dspark_target_layer_ids` {list(targets)} name layers the model does not have",
             ),

@@ -287,6 +287,8 @@ class Model(nn.Module):
 def _check_lengths(ids: Tensor, lengths: Sequence[int], states: Sequence[object]) -> None:
     if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
         raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
+    if len({id(state) for state in states}) < len(states):
+        raise InputError("one state stands for two sequences of the call; clone it for the second")
 
 
 def _indexer_result(loss: IndexerLoss | None) -> tuple[Tensor | None, float | None]:

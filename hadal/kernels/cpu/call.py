@@ -82,6 +82,7 @@ class Call:
         table = np.array([len(groups), *(word for group in groups for word in group)], np.int64)
         expanded = blocks * matmul.EXPANDED
         threads = _space("threads").reserve(torch.get_num_threads() * expanded)
+        self._held.append(_space("threads").content)  # a wider product of this call may replace it
         self.job(
             f"product_{form}_{epilogue}", weight=weight, weight_step=weight_step, rows=rows[0], row_stride=rows[1],
             row_step=row_step, out=out[0], out_stride=out[1], out_step=out_step, panels=panels, blocks=blocks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hadal.device import memory_available
 from hadal.kernels.cpu.layout import PAGE_TOKENS, Places
-from hadal.kernels.cpu.target import cache_folder
+from hadal.kernels.cpu.target import CpuError, cache_folder
 
 _PADDING = 4096  # kernels may read a little past the end of a buffer
 _KEEP_FROM = 1 << 25  # bytes; packing less takes a fraction of a second
+_ABANDONED = 3600  # seconds after which an unfinished file belongs to nobody
 PACK_VERSION = 3  # of the packed layout; a change makes old cache files unfit
 
 
@@ -37,14 +40,14 @@ class Scratch:
     """A buffer that grows when more is asked of it; its content does not survive that."""
 
     def __init__(self) -> None:
-        self._bytes = buffer(64)
-        self.address = address(self._bytes)
+        self.content = buffer(64)
+        self.address = address(self.content)
 
     def reserve(self, nbytes: int) -> int:
         """The address of at least `nbytes` bytes."""
-        if nbytes > len(self._bytes):
-            self._bytes = buffer(nbytes + nbytes // 4)
-            self.address = address(self._bytes)
+        if nbytes > len(self.content):
+            self.content = buffer(nbytes + nbytes // 4)
+            self.address = address(self.content)
         return self.address
 
 
@@ -120,6 +123,11 @@ def packed_weights(items: Sequence[Packing], identity: str | None) -> tuple[dict
         key = hashlib.sha256(f"{PACK_VERSION};{identity};{described}".encode()).hexdigest()[:32]
         held = _mapped(cache_folder() / "weights" / f"{key}.bin", items, offsets, total)
     if held is None:
+        if total > memory_available(torch.device("cpu")):
+            raise CpuError(
+                f"neither {cache_folder()} nor memory has room for {total / 2**30:.1f} GiB of packed weights; "
+                "set HADAL_CACHE to a folder with room"
+            )
         held = buffer(total)
         _fill(held, items, offsets)
     base = address(held)
@@ -131,6 +139,9 @@ def _mapped(path: Path, items: Sequence[Packing], offsets: dict[str, int], total
     try:
         if not path.exists() or path.stat().st_size != size:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob("*.bin.*"):  # by a process that was killed while it packed
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink()
             partial = path.with_name(f"{path.name}.{np.random.default_rng().integers(1 << 62):x}")
             try:
                 with partial.open("wb") as file:

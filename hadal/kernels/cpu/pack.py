@@ -87,7 +87,7 @@ def _fill_fp8(
     values = codes.reshape(panels, _TILE, blocks, 8, 2, 2)
     target = body.view(panels, blocks, 2, 8, _TILE, 2, 2)
     target[:, :, tile] = values.permute(0, 2, 3, 1, 5, 4)
-    scales = _checked(weight.scales.view(torch.uint8), "fp8")
+    scales = _checked(weight, (128, 128), 0x7F)
     row = (torch.arange(panels) * step + first) * _TILE // 128
     groups = scales.shape[1]
     head = panels_bytes[:, : 4 * groups].view(panels, groups, 4)
@@ -112,12 +112,23 @@ def _fill_fp4(
         words[..., parity, 1] = high.permute(0, 2, 3, 1)
     tiles = body.view(panels, blocks, 2, 272)[:, :, tile]
     tiles[:, :, 16:] = words.view(panels, blocks, 256)
-    scales = _checked(weight.scales.view(torch.uint8), "fp4")
+    scales = _checked(weight, (1, 16), 0x77)
     tiles[:, :, :16] = _tiles(scales, first, step, panels, blocks).transpose(1, 2)
 
 
-def _checked(scales: Tensor, form: str) -> Tensor:
-    low, high = _SCALES[form]
-    if int(scales.min()) < low or int(scales.max()) > high:
-        raise PackError(f"a scale of an {form.upper()} weight lies outside 2^{low - 127} to 2^{high - 127}")
-    return scales
+def _checked(weight: PackedWeight, group: tuple[int, int], magnitude: int) -> Tensor:
+    """Scale bytes of groups of [rows, code bytes]; where a group is all zeros, any other becomes that of 1.
+
+    Raises PackError for another scale that would take a value out of BF16's normal numbers.
+    """
+    low, high = _SCALES[weight.format]
+    scales = weight.scales.view(torch.uint8)
+    outside = (scales < low) | (scales > high)
+    if not outside.any():
+        return scales
+    filled = (weight.codes.view(torch.uint8) & magnitude) != 0
+    padded = torch.nn.functional.pad(filled, (0, -filled.shape[1] % group[1], 0, -filled.shape[0] % group[0]))
+    used = padded.view(scales.shape[0], group[0], scales.shape[1], group[1]).any(3).any(1)
+    if (outside & used).any():
+        raise PackError(f"a scale of an {weight.format.upper()} weight lies outside 2^{low - 127} to 2^{high - 127}")
+    return scales.masked_fill(outside, 127)

@@ -45,6 +45,7 @@ def emit_route(module: KernelModule, shapes: Shapes) -> None:
                 lane = f.const(_I, list(range(16)))
                 for c in f.range(chunks):
                     score = f.load(_V, affinity, c * 64) + f.load(_V, k.ptr("bias"), c * 64)
+                    score = score.max(float("-inf"))  # a NaN is chosen last
                     real = (lane + (c * 16).trunc(I32).spread(16)) < experts
                     f.store(real.choose(score, f.const(_V, float("-inf"))), biased, c * 64)
                 for i in range(active):
@@ -77,7 +78,8 @@ def _argmax(f: Function, values: Value, chunks: int) -> Value:
     top = best.get().reduce("max")
     index = (where.get() << 4) + f.const(_I, list(range(16)))
     largest = f.const(_I, 0x7FFFFFFF)
-    return best.get().equals(top.spread(16)).choose(index, largest).reduce("min").sext(I64)
+    found = best.get().equals(top.spread(16)).choose(index, largest).reduce("min").sext(I64)
+    return found.min(16 * chunks - 1)
 
 
 def emit_group(module: KernelModule, shapes: Shapes) -> None:

@@ -86,8 +86,8 @@ class CpuRunner:
             self._set("wanted_rows", len(rows))
             self._jobs.head_group[3] = len(rows)
             self._jobs.set("logits", address(logits) + filled * width * 4)
+            _advance(pieces)  # first: a step that an interrupt waits for is finished all the same
             self._team.run(self._jobs.table, self._jobs.count if rows else self._jobs.before_head, self._step)
-            _advance(pieces)
             filled += len(rows)
         return logits[:, : self.config.vocab_size]
 
@@ -100,6 +100,7 @@ class CpuRunner:
         done = 0
         for pieces in self._steps(lengths, states):
             rows = self._prepare(pieces, ids_T.numpy())
+            _advance(pieces)
             begun = 0
             for i, layer in enumerate((*taps, len(self.config.layers) - 1)):
                 stop = self._jobs.after_layer[layer]
@@ -110,7 +111,6 @@ class CpuRunner:
                     means[done : done + rows, i] = here.mean(1)
                 else:
                     out[done : done + rows] = here
-            _advance(pieces)
             done += rows
         return out, means.flatten(1) if taps else None
 
@@ -162,6 +162,7 @@ class CpuRunner:
         row = 0
         for s, piece in enumerate(pieces):
             start = piece.state.position
+            assert piece.state.places is self.places, "a state of another model"
             piece.state.extend(ends[s])
             here = slice(row, row + piece.length)
             self._arrays["ids"][here] = ids[piece.first : piece.first + piece.length]

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -59,8 +60,16 @@ def cache_folder() -> Path:
     """Where compiled kernels and repacked weights are kept."""
     chosen = os.environ.get("HADAL_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hadal"
+        return _home(Path(chosen))
+    parent = os.environ.get("XDG_CACHE_HOME")
+    return (Path(parent) if parent else _home(Path("~/.cache"))) / "hadal"
+
+
+def _home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise CpuError(f"no folder for compiled kernels ({error}); set HADAL_CACHE to one") from None
 
 
 @cache
@@ -75,6 +84,8 @@ def detect() -> tuple[Isa | None, str]:
         import llvmlite.binding as llvm
     except ImportError:
         return None, "llvmlite is not installed"
+    if platform.system() not in ("Linux", "Darwin"):
+        return None, f"no kernels on {platform.system()}"
     names = list(_FEATURES)
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):
@@ -152,7 +163,7 @@ class Library:
     @staticmethod
     def kept(key: str) -> bool:
         """Whether an object is kept under a key."""
-        return os.path.exists(_object(key))  # unlike Path.exists, False where the folder may not be read
+        return kept(_object(key)) is not None
 
     def address(self, name: str) -> int:
         """The address of a function."""
@@ -168,11 +179,11 @@ def _object(key: str) -> Path:
 
 
 def keep(path: Path, data: bytes) -> None:
-    """Write a cache file whole or not at all; a cache that cannot be written is done without."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write a cache file with a digest of its content; a cache that cannot be written is done without."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        partial.write_bytes(hashlib.sha256(data).digest() + data)
         partial.replace(path)
     except OSError:
         with suppress(OSError):
@@ -180,8 +191,9 @@ def keep(path: Path, data: bytes) -> None:
 
 
 def kept(path: Path) -> bytes | None:
-    """A file of the cache; None where it is missing or cannot be read."""
+    """A file of the cache; None where it is missing, cannot be read or is not what was written."""
     try:
-        return path.read_bytes()
+        whole = path.read_bytes()
     except OSError:
         return None
+    return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None

@@ -74,10 +74,11 @@ class Team:
     def _hire(self) -> None:
         slot, event = _words(_LINE), threading.Event()
         slot[0] = 1
+        # Started before it can be engaged: where no thread may be started nobody must wait for it.
+        threading.Thread(target=self._help, args=(slot, event), daemon=True, name="hadal-kernels").start()
         self._slots.append(slot)
         self._events.append(event)
         self._places = np.array([s.ctypes.data for s in self._slots], np.int64)
-        threading.Thread(target=self._help, args=(slot, event), daemon=True, name="hadal-kernels").start()
 
     def _help(self, slot: np.ndarray, event: threading.Event) -> None:
         while True:
