@@ -17,6 +17,8 @@ from hadal.kernels.cpu.target import Isa
 WORD = 8
 JOB_WORDS = 3  # function, arguments, whether a barrier follows
 YIELD_AFTER = 4096  # turns of a waiting thread before it offers its core to others
+LATE_AFTER = 1 << 16  # turns, a few milliseconds, that no fair share of work makes a thread wait
+_ACTIVE = 12  # word of a slot: whether the lead is at work
 
 
 class Kernel:
@@ -108,7 +110,7 @@ def emit_runner(module: Module, isa: Isa) -> None:
                     for loop in f.repeat_while():
                         loop.leave_unless(_atomic(f, f["barrier"]) < passed.get())
                         _pause(f, isa, turns)
-                    with f.when(turns.get() > YIELD_AFTER - 1):
+                    with f.when(turns.get() > LATE_AFTER):
                         f.store(f.load(I64, f["late"]) + 1, f["late"])
     with module.function("serve", {"slot": PTR, "spins": I64}) as f:
         idle = f.var(f.const(I64, 0))
@@ -120,7 +122,9 @@ def emit_runner(module: Module, isa: Isa) -> None:
                 f.line("store atomic i64 1, ptr %slot seq_cst, align 8")
                 idle.set(0)
             with f.when(state.get().equals(1)):
-                idle.set(idle.get() + 1)
+                # While the lead works alone, one who was woken too late for it stays awake for what comes next.
+                at_work = _atomic(f, f.at(f["slot"], WORD * _ACTIVE)).differs(0)
+                idle.set(at_work.choose(f.const(I64, 0), idle.get() + 1))
                 with f.when(idle.get() > f["spins"]), f.when(_swap(f, f["slot"], 1, 0)):
                     state.set(0)
             loop.leave_unless(state.get().differs(0))
@@ -129,6 +133,7 @@ def emit_runner(module: Module, isa: Isa) -> None:
     with module.function("lead", {"slots": PTR, "helpers": I64, **common, "result": PTR}) as f:
         threads = f.var(f.const(I64, 1))
         begun = _atomic(f, f["barrier"])
+        _announce(f, 1)
         for i in f.range(f["helpers"]):
             slot = f.load(PTR, f["slots"], i * WORD)
             with f.when(_swap(f, slot, 1, 2)):
@@ -145,6 +150,14 @@ def emit_runner(module: Module, isa: Isa) -> None:
         f.store(f.const(I64, 0), f["result"], WORD)
         late = f.at(f["result"], WORD)
         f.do("run", *(f[name] for name in common), begun, f.const(I64, 0), threads.get(), late)
+        _announce(f, 0)
+
+
+def _announce(f: Function, active: int) -> None:
+    """Tell all helpers whether the lead is at work."""
+    for i in f.range(f["helpers"]):
+        place = f.at(f.load(PTR, f["slots"], i * WORD), WORD * _ACTIVE)
+        f.line(f"store atomic i64 {active}, ptr {place.name} seq_cst, align 8")
 
 
 def _swap(f: Function, slot: Value, old: int, new: int) -> Value:

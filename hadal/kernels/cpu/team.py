@@ -1,7 +1,7 @@
 """Team: the threads that walk through a program together, and the native entry points they use.
 
 The caller is thread 0. A helper sits in the emitted `serve`, outside the interpreter's lock, and falls asleep after
-about a millisecond without work; a run takes along whoever is awake and wakes the others for the next one, because
+some milliseconds without work; a run takes along whoever is awake and wakes the others for the next one, because
 waiting for a sleeper costs more than doing its share.
 """
 
@@ -19,7 +19,7 @@ from hadal.kernels.cpu.ir import Module
 from hadal.kernels.cpu.program import JOB_WORDS, emit_runner
 from hadal.kernels.cpu.target import Isa, Library
 
-SPINS = 40_000  # turns of `serve` before a helper without work falls asleep
+SPINS = 200_000  # turns of `serve`, some milliseconds, before a helper without work falls asleep
 _MOST_ALONE = 127  # runs without helpers after they were late again and again
 _LINE = 16  # words between the slots of two helpers
 

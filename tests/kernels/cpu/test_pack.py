@@ -109,3 +109,14 @@ def test_scales_out_of_range_are_refused(form: Literal["fp4", "fp8"], low: int, 
     for exponent in (low - 1, high + 1):
         with pytest.raises(PackError, match=rf"a scale of an {form.upper()} weight lies outside 2\^-\d+ to 2\^\d+"):
             pack(scaled(form, exponent))
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+def test_groups_of_zeros_may_have_any_scale(form: str) -> None:
+    weight = torch.randn(160, 288, generator=torch.Generator().manual_seed(5))
+    weight[:, 64:96] = 0  # groups of FP4
+    weight[128:, 256:] = 0  # a block of FP8
+    quantised = quantise_fp8(weight) if form == "fp8" else quantise_fp4(weight)
+    assert int(quantised.scales.view(torch.uint8).min()) == 1  # what the quantisers give such a group
+    found = unpacked(pack(quantised), form, 160, 288).flatten(0, 1)
+    assert torch.equal(found[:160, :288], quantised.dense(torch.float32))

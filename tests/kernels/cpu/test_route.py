@@ -176,3 +176,16 @@ def test_rows_are_grouped_by_expert_and_gathered(isa: str, sizes: Shapes, kind: 
             assert torch.equal(gathered[slots[:, k], : sizes.hidden], source[:, : sizes.hidden])
         assert torch.equal(mixing[slots], weights)
     assert not gathered[:, sizes.hidden :].any() and int((mixing >= 0).sum()) == rows * sizes.active
+
+
+@ISAS
+@SIZES
+def test_a_nan_never_leads_out_of_the_experts(isa: str, sizes: Shapes) -> None:
+    logits, bias = logits_of(9, sizes), torch.zeros(sizes.experts)
+    bias[sizes.experts - 1] = float("nan")
+    logits[4, 0] = float("nan")
+    chosen, _ = choose(isa, sizes, logits, bias)
+    assert ((chosen >= 0) & (chosen < sizes.experts)).all()
+    usable = torch.arange(9) != 4
+    wanted, _ = expected(sizes, logits, bias.nan_to_num(-1e9))
+    assert torch.equal(chosen[usable], wanted[usable])

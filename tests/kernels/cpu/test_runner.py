@@ -18,7 +18,7 @@ from torch import Tensor
 from hadal.checkpoint import CheckpointError, load_model, locate_model, source_of
 from hadal.kernels.cpu import chosen_kernels, unsupported
 from hadal.kernels.cpu.runner import MAX_ROWS
-from hadal.model import Model
+from hadal.model import InputError, Model
 from hadal.text import Tokenizer
 from tests.checkpoint.tiny import random_tensors, tiny_config, write_checkpoint
 from tests.kernels.cpu.harness import instruction_sets
@@ -255,3 +255,27 @@ def test_what_computes_each_part_can_be_asked() -> None:
     assert {"lightning indexer", "products with FP4 weights"} <= set(chosen)
     assert not any(name.startswith("plain torch") for name in chosen.values())
     assert len({name.rpartition("(")[2] for name in chosen.values()}) == 1  # all for one reason
+
+
+def test_a_state_stands_for_one_sequence_of_a_call(model: Model) -> None:
+    state = model.new_state()
+    with pytest.raises(InputError, match="one state stands for two sequences of the call; clone it"):
+        model.logits_ragged([1, 2, 3], [1, 2], [state, state])
+    assert state.position == 0
+
+
+def test_an_interrupted_step_leaves_a_state_that_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal during native code is raised when it returns; the step is done by then, and so the state says."""
+    assert model.runner is not None
+    ids = tokens(model, 6, 90)
+    whole = model.logits(ids)
+    state, run = model.new_state(), model.runner._team.run
+
+    def interrupted(*arguments: Any) -> None:
+        run(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.runner._team, "run", interrupted)
+        model.logits(ids[:70], state)
+    assert state.position == 70 and same_bits(model.logits(ids[70:], state), whole[70:])

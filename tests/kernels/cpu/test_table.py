@@ -181,6 +181,17 @@ def test_experts_are_summed_as_in_the_reference(form: str, seed: int, rows: int,
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_experts_wider_than_the_model_find_room_to_expand(form: str) -> None:
+    """The second product needs more scratch than the first, whose address is already taken."""
+    w1, w2, w3 = experts(form, 2, 64, 8192)
+    num = PLAIN if form == "bf16" else FAITHFUL
+    x, ids, mixing = random(3, 4, 64).bfloat16(), torch.tensor([[0], [1], [0], [1]]), random(4, 4, 1).abs()
+    found = CPU.routed_experts(x, ids, mixing, w1, w2, w3, num, LIMIT)
+    want = REFERENCE.routed_experts(x, ids, mixing, w1, w2, w3, num, LIMIT)
+    assert rms(found - want) < 2e-3 * rms(want)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_row_s_bits_depend_on_no_other_row_and_no_thread(form: str) -> None:
     x, w = random(20, 70, 160).bfloat16(), weight(form, 21, 80, 160)
     up, back = weight(form, 22, 80, 160), weight(form, 23, 160, 96)

@@ -7,7 +7,7 @@ import functools
 import platform
 import re
 import sys
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -98,6 +98,20 @@ def test_a_compiled_object_is_kept_and_used_again(tmp_path: Path, monkeypatch: p
     named = Library(small_module(7), isa, "name")
     assert Library.kept("name") and not Library.kept("other")
     assert given(named) == given(Library(None, isa, "name")) == 7
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: bytes(len(b))])
+def test_a_damaged_object_is_compiled_again(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HADAL_CACHE", str(tmp_path))
+    isa = Isa(instruction_sets()[0])
+    Library(small_module(9), isa, "name")
+    (file,) = (tmp_path / "kernels").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert not Library.kept("name")
+    again = Library(small_module(9), isa, "name")
+    assert not again.cached and given(again) == 9 and Library.kept("name")
 
 
 def test_a_cache_that_cannot_be_written_does_not_hurt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
