@@ -86,11 +86,14 @@ def emit_attention(module: KernelModule, shapes: Shapes) -> None:
         f, groups = k.f, shapes.head_groups
         configure(f, k.isa)
         zero = zero_entry(f, shapes)
-        total = k.step("rows") * groups
-        first, last = (total * (f["thread"] + i) / f["threads"] for i in range(2))
-        for row in f.range((last + (groups - 1)) / groups, first / groups):
+        rows, threads = k.step("rows"), f["threads"]
+        first, last = (rows * groups * (f["thread"] + i) / threads for i in range(2))
+        # Later rows have more keys, so threads take turns; a few rows are shared by their groups of heads instead.
+        many = rows >= threads * 4
+        begin = many.choose(f["thread"], first / groups)
+        for row in f.range(many.choose(rows, (last + (groups - 1)) / groups), begin, many.choose(threads, 1)):
             low, high = (first - row * groups).max(0), (last - row * groups).min(groups)
-            _Row(k, shapes, row, zero).attend(low, high)
+            _Row(k, shapes, row, zero).attend(many.choose(0, low), many.choose(groups, high))
         release(f, k.isa)
 
 
