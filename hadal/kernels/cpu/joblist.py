@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hadal.config import ModelConfig
+from hadal.config import CSA_RATIO, ModelConfig
 from hadal.kernels.cpu import attention, matmul
 from hadal.kernels.cpu.layout import Shapes
 from hadal.kernels.cpu.memory import Scratch, address, buffer
@@ -59,6 +59,13 @@ class JobList:
         self._expander_bytes = 0
         self._held: list[Any] = []
         self._jobs: list[tuple[str, np.ndarray, bool]] = []
+        self._values: dict[str, int] = {}
+        # Of each kind of compressed layer: the ratio, and the most entries that a row attends to.
+        self._ratios = {
+            (x.ratio, shapes.topk if x.attention == "csa" else config.max_position_embeddings)
+            for x in config.layers
+            if x.ratio
+        }
         self._dynamic: dict[str, list[tuple[np.ndarray, int]]] = {}
         self.words: dict[str, list[str]] = {}  # of each kernel
 
@@ -97,8 +104,10 @@ class JobList:
 
     def set(self, name: str, value: int) -> None:
         """Give a dynamic word its value in every job that has it."""
-        for array, i in self._dynamic.get(name, ()):
-            array[i] = value
+        if self._values.get(name) != value:
+            self._values[name] = value
+            for array, i in self._dynamic.get(name, ()):
+                array[i] = value
 
     def finish(self, library: Library) -> None:
         """Look up the kernels' addresses."""
@@ -120,17 +129,11 @@ class JobList:
         return attention.entries_bytes(self.shapes, self._most_entries(end))
 
     def _most_entries(self, end: int) -> int:
-        counts = [0]
-        for layer in self.config.layers:
-            if layer.ratio:
-                visible = end // layer.ratio
-                counts.append(min(visible, self.shapes.topk) if layer.attention == "csa" else visible)
-        return max(counts)
+        return max((min(end // ratio, most) for ratio, most in self._ratios), default=0)
 
     def set_scores(self, scratch: Scratch, rows: int, end: int) -> None:
         """Make room for index scores of `rows` rows."""
-        ratios = [layer.ratio for layer in self.config.layers if layer.attention == "csa"]
-        if ratios:
-            stride = (end // min(ratios) + 64) // 64 * 256
+        if (CSA_RATIO, self.shapes.topk) in self._ratios:
+            stride = (end // CSA_RATIO + 64) // 64 * 256
             self.set("scores", scratch.reserve(rows * stride))
             self.set("scores_stride", stride)

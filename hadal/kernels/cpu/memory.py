@@ -66,11 +66,16 @@ class CpuState:
     position: int = 0
     draft_position: int = 0
 
+    def __post_init__(self) -> None:
+        # Asked for once: numpy takes longer to tell an address than a row of a small model takes to compute.
+        self.home_address, self.table_address = address(self.home), address(self.table)
+
     def extend(self, end: int) -> None:
         """Make room for the tokens before position `end`."""
         while len(self.pages) * PAGE_TOKENS < end:
             if len(self.pages) == len(self.table):
                 self.table = np.concatenate((self.table, np.zeros_like(self.table)))
+                self.table_address = address(self.table)
             self._add(buffer(self.places.page_bytes))
 
     def _add(self, page: np.ndarray) -> None:

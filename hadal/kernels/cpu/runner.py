@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hadal.config import ModelConfig
+from hadal.config import CSA_RATIO, ModelConfig
 from hadal.kernels.cpu.joblist import JobList
 from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
@@ -68,6 +68,7 @@ class CpuRunner:
             self._set(name, address(array))
         self._set("span_table", address(self._spans))
         self._set("angles", self._jobs.space["angles"].address)
+        self._indexed = any(layer.attention == "csa" for layer in config.layers)
         self._windows, self._entries, self._scores, self._threads = Scratch(), Scratch(), Scratch(), Scratch()
 
     def new_state(self) -> CpuState:
@@ -134,9 +135,9 @@ class CpuRunner:
 
     def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
         room = self.max_rows
-        if any(layer.attention == "csa" for layer in self.config.layers):
+        if self._indexed:
             longest = max(state.position + length for state, length in zip(states, lengths, strict=True))
-            room = max(1, min(room, _SCORE_BYTES // (4 * max(longest // 4, 1))))
+            room = max(1, min(room, _SCORE_BYTES // (4 * max(longest // CSA_RATIO, 1))))
         steps: list[list[_Piece]] = [[]]
         left, first = room, 0
         for state, length in zip(states, lengths, strict=True):
@@ -169,7 +170,7 @@ class CpuRunner:
             self._arrays["positions"][here] = np.arange(start, ends[s]) if piece.length > 1 else start
             self._arrays["span_of"][here] = s
             self._spans[s] = (
-                start, piece.length, row, address(piece.state.home), address(piece.state.table),
+                start, piece.length, row, piece.state.home_address, piece.state.table_address,
                 windows if window[s] else 0, window[s], unpacked,
             )  # fmt: skip
             windows += window[s] * self.shapes.block_bytes
