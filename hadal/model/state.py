@@ -114,8 +114,12 @@ class SequenceState:
 def fresh_state(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> SequenceState:
     """The state of a sequence before its first token."""
     layers = [_fresh_layer(config, layer, dtype, device) for layer in config.layers]
-    draft = [_fresh_layer(config, layer, dtype, device) for layer in config.draft_layers]
-    return SequenceState(layers, draft)
+    return SequenceState(layers, fresh_draft(config, dtype, device))
+
+
+def fresh_draft(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[LayerState]:
+    """The states of the draft blocks before a sequence's first token."""
+    return [_fresh_layer(config, layer, dtype, device) for layer in config.draft_layers]
 
 
 def _fresh_layer(config: ModelConfig, layer: LayerSpec, dtype: torch.dtype, device: torch.device) -> LayerState:

@@ -26,7 +26,7 @@ from hadal.model.initial import init_weights
 from hadal.model.mhc import StreamCollapse
 from hadal.model.moe import Routing
 from hadal.model.spans import Batch
-from hadal.model.state import SequenceState, fresh_state
+from hadal.model.state import SequenceState, fresh_draft, fresh_state
 
 if TYPE_CHECKING:
     from hadal.kernels.cpu.runner import CpuRunner
@@ -115,11 +115,10 @@ class Model(nn.Module):
 
     def new_state(self) -> SequenceState:
         """The state of a sequence before its first token."""
-        fresh = fresh_state(self.config, self.numerics.dtype, self.device)
         if self.runner is None:
-            return fresh
+            return fresh_state(self.config, self.numerics.dtype, self.device)
         state: Any = self.runner.new_state()
-        state.draft = fresh.draft
+        state.draft = fresh_draft(self.config, self.numerics.dtype, self.device)
         return cast(SequenceState, state)
 
     @torch.no_grad()

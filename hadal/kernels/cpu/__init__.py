@@ -38,7 +38,6 @@ def unsupported(config: ModelConfig) -> str | None:
             c.num_attention_heads * c.head_dim // c.o_groups % 32 == 0
         ),
         "a compression ratio does not divide 128": all(128 % r == 0 for r in c.compress_ratios if r),
-        "a CSA ratio is larger than 8": all(x.ratio <= 8 for x in c.layers if x.attention == "csa"),
     }
     return next((words for words, holds in rules.items() if not holds), None)
 

@@ -295,7 +295,7 @@ class _Row:
         """Divide, rotate the last dims backwards, store BF16."""
         f, shapes, k = self.f, self.shapes, self.k
         plain = shapes.dim - shapes.rotary
-        angles = f.at(k.step_ptr("angles"), (self.row * 2 + k.arg("regime")) * (shapes.rotary * 4))
+        angles = k.angles(self.row, shapes.rotary)
         f.store(inverse, self.part["square"])
         twice = [i // 2 for i in range(16)]
         sign = f.const(_VECTOR, [1.0, -1.0] * 8)

@@ -13,8 +13,9 @@ from typing import Literal
 
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, lanes, vec
 from hadal.kernels.cpu.layout import PAGE_TOKENS, QUANT_GROUP, Shapes
-from hadal.kernels.cpu.numbers import cosine_sine, exp, round_bf16
+from hadal.kernels.cpu.numbers import cosine_sine, exp, largest, round_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
+from hadal.kernels.cpu.rows import sum_squares
 from hadal.quant.formats import E4M3_RECIPROCAL
 
 Form = Literal["entries", "keys"]
@@ -119,11 +120,7 @@ def _pool(f: Function, dim: int, table: Value, width: Value, begin: Value, end: 
 
 
 def _norm(f: Function, dim: int, row: Value, weight: Value, eps: float) -> None:
-    squares = f.var(f.const(_VECTOR, 0))
-    for c in f.range(dim * 4, 0, 64):
-        x = f.load(_VECTOR, row, c)
-        squares.set(f.fma(x, x, squares.get()))
-    mean = squares.get().reduce("add") * (1 / dim)
+    mean = sum_squares(f, row, dim // 16).reduce("add") * (1 / dim)
     factor = (1.0 / f.unary("sqrt", mean + eps)).spread(16)
     for c in f.range(dim * 4, 0, 64):
         f.store(f.load(_VECTOR, row, c) * factor * f.load(_VECTOR, weight, c), row, c)
@@ -162,7 +159,7 @@ def store_entry(f: Function, shapes: Shapes, row: Value, to: Value) -> None:
         f.store(f.const(I64, 0), scales, eight)
     for group in f.range(groups):
         values = [f.load(_VECTOR, row, (group * 4 + i) * 64) for i in range(4)]
-        amax = (_largest(f, values).max(_MIN_AMAX) * E4M3_RECIPROCAL).bits(I32)
+        amax = (largest(f, values).max(_MIN_AMAX) * E4M3_RECIPROCAL).bits(I32)
         exponent = (amax + 0x7FFFFF) >> 23
         f.store(exponent.trunc(I8), scales, group)
         inverse = ((254 - exponent) << 23).bits(F32).spread(16)
@@ -180,13 +177,6 @@ def _e4m3(f: Function, x: Value) -> Value:
     # 2^14 has its last bit at 2^-9, the step of the subnormal codes, so adding it rounds to them.
     subnormal = (magnitude + 2.0**14).bits(_WORDS) & 0xF
     return ((magnitude < 2.0**-6).choose(subnormal, normal) | sign).trunc(vec(16, I8))
-
-
-def _largest(f: Function, values: list[Value]) -> Value:
-    top = f.unary("fabs", values[0])
-    for value in values[1:]:
-        top = top.max(f.unary("fabs", value))
-    return top.reduce("max")
 
 
 def int8_scale(f: Function, row: Value, dim: int) -> tuple[Value, Value]:

@@ -40,19 +40,7 @@ def _sources() -> str:
 def emit_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> KernelModule:
     """All kernels that a model of these shapes and matrices needs."""
     module = KernelModule(isa, STEP)
-    rows.emit_embed(module, shapes)
-    rows.emit_angles(module, shapes)
-    for name, after, before in (
-        ("site_first", "none", True),
-        ("site_experts", "attention", True),
-        ("site_attention", "experts", True),
-        ("site_last", "experts", False),
-    ):
-        rows.emit_site(module, shapes, name, after=after, before=before)
-    rows.emit_collapse(module, shapes)
-    rows.emit_latent(module, shapes)
-    rows.emit_window_copies(module, shapes)
-    rows.emit_heads(module, shapes)
+    rows.emit_rows(module, shapes)
     route.emit_route(module, shapes)
     route.emit_group(module, shapes)
     route.emit_gather(module, shapes)

@@ -62,7 +62,7 @@ def emit_index_query(module: KernelModule, shapes: Shapes) -> None:
                 source = f.at(k.ptr("q"), row * k.arg("q_stride") + head * (dim * 4))
                 for c in f.range(dim * 4, 0, 64):
                     f.store(f.load(_VECTOR, source, c), space, c)
-                angles = f.at(k.step_ptr("angles"), (row * 2 + k.arg("regime")) * (rotary * 4))
+                angles = k.angles(row, rotary)
                 count = rotary_lanes(shapes)
                 for c in f.range(rotary * 2, 0, count * 4):
                     turn = [f.load(vec(count, F32), f.at(angles, c), part * rotary * 2) for part in range(2)]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from hadal.kernels.cpu.ir import F32, I8, I16, I32, I64, Function, Value, Variable, lanes, vec
 from hadal.kernels.cpu.matmul import BLOCK_BYTES, FETCH_AHEAD, GROUP_WORDS, JOB, PANEL, Epilogue, finish_rows
-from hadal.kernels.cpu.numbers import widen_bf16
+from hadal.kernels.cpu.numbers import largest, widen_bf16
 from hadal.kernels.cpu.program import Kernel, KernelModule
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.tiles import dot_int8
@@ -55,10 +55,7 @@ def emit_quantise(module: KernelModule) -> None:
 
 
 def _record(f: Function, values: Sequence[Value], to: Value) -> None:
-    top = f.unary("fabs", values[0])
-    for value in values[1:]:
-        top = top.max(f.unary("fabs", value))
-    amax = top.reduce("max").max(1e-12)
+    amax = largest(f, values).max(1e-12)
     factor = (f.const(F32, 127) / amax).spread(16)
     f.store(amax * (1 / 254), to, GROUP + 16)
     codes = [f.unary("rint", value * factor).to_int(_WORDS) for value in values]

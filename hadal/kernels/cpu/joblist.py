@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ def row_stride(nbytes: int) -> int:
     """Bytes from row to row: an odd number of cache lines, so that rows do not fall on the same sets."""
     lines = -(-nbytes // LINE)
     return (lines + 1 - lines % 2) * LINE
+
+
+class Place(NamedTuple):
+    """Rows that lie elsewhere: an address, or the dynamic word that will hold it, and a stride."""
+
+    address: int | str
+    stride: int
 
 
 class Space:

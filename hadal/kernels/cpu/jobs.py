@@ -16,7 +16,7 @@ from torch import Tensor
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels.cpu import indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.emission import compiled_kernels, epilogue_of
-from hadal.kernels.cpu.joblist import LINE, JobList, Space
+from hadal.kernels.cpu.joblist import LINE, JobList, Place, Space
 from hadal.kernels.cpu.layout import LayerPlace, Places, Shapes, tail_shape
 from hadal.kernels.cpu.memory import address
 from hadal.kernels.cpu.target import Isa
@@ -43,6 +43,7 @@ class _Builder:
         self.weights = self._table(jobs.max_rows * s.active * 4)
         self.mixing = self._table(self.slot_rows * 4)
         self.ones = jobs.hold(torch.ones(jobs.max_rows + 64))
+        self.selected = jobs.rows("selected", (s.topk + 16) * 4)
         self.counts = self._table(jobs.max_rows * 8)
         self.groups = self._table((1 + 3 * s.experts) * 8)
 
@@ -56,7 +57,7 @@ class _Builder:
         return self.jobs.hold(value.float())
 
     def product(
-        self, name: str, source: Space, out: Space, groups: np.ndarray | int, *, barrier: bool = True,
+        self, name: str, source: Space, out: Space | Place, groups: np.ndarray | int, *, barrier: bool = True,
         row_step: int = 0, out_step: int = 0, panels: int | None = None, mixing: int = 0, integers: bool = False,
     ) -> None:  # fmt: skip
         """rows x matrix; with `integers` the rows are int8 records."""
@@ -176,14 +177,12 @@ class _Builder:
         if csa:
             self._select(layer, place)
         out = jobs.rows("attended", s.heads * s.dim * 2)
-        selected = space.get("selected")
+        selected = self.selected  # not looked at where topk is 0
         jobs.add(
             "attend", q=tiles.address, q_stride=tiles.stride, out=out.address, out_stride=out.stride,
             sink=self.constant(f"{at}attn.attn_sink"), ring=place.ring, entries=place.entries, ratio=layer.ratio,
-            topk=topk, selected=selected.address if csa and selected else 0,
-            selected_stride=selected.stride if csa and selected else 0,
-            selected_count=self.counts if csa else 0, scratch="scratch",
-            scratch_step="scratch_step", regime=regime,
+            topk=topk, selected=selected.address, selected_stride=selected.stride, selected_count=self.counts,
+            scratch="scratch", scratch_step="scratch_step", regime=regime,
         )  # fmt: skip
         jobs.add("window_close", barrier=False, ring=place.ring)
         groups, rank = self.config.o_groups, self.config.o_lora_rank
@@ -204,8 +203,8 @@ class _Builder:
         )  # fmt: skip
 
     def _select(self, layer: LayerSpec, place: LayerPlace) -> None:
-        jobs, s = self.jobs, self.shapes
-        records, selected = jobs.space["index_queries"], jobs.rows("selected", (s.topk + 16) * 4)
+        jobs = self.jobs
+        records, selected = jobs.space["index_queries"], self.selected
         jobs.add("index_score", queries=records.address, query_stride=records.stride, keys=place.keys,
                  ratio=layer.ratio, scores="scores", scores_stride="scores_stride")  # fmt: skip
         jobs.add("index_select", ratio=layer.ratio, scores="scores", scores_stride="scores_stride",
@@ -273,13 +272,7 @@ class _Builder:
         )  # fmt: skip
         matrix = self.plan.matrices["head"]
         jobs.logits_width = matrix.panels * matmul.PANEL
-        jobs.note_product(matrix.blocks)
-        jobs.add(
-            f"product_{matrix.form}_f32", weight=self.packed["head"], weight_step=0, rows=final.address,
-            row_stride=final.stride, row_step=0, out="logits", out_stride=jobs.logits_width * 4, out_step=0,
-            panels=matrix.panels, blocks=matrix.blocks, groups=address(jobs.head_group), scratch="scratch",
-            scratch_step="scratch_step", mixing=0, limit=0.0,
-        )  # fmt: skip
+        self.product("head", final, Place("logits", jobs.logits_width * 4), jobs.head_group)
 
 
 def build_jobs(

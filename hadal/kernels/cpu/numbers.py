@@ -98,13 +98,18 @@ def widen_bf16(f: Function, words: Value) -> Value:
     return (words.bits(vec(count, I16)).zext(vec(count, I32)) << 16).bits(vec(count, F32))
 
 
+def largest(f: Function, values: Sequence[Value]) -> Value:
+    """The largest magnitude in any lane of some vectors."""
+    top = f.unary("fabs", values[0])
+    for value in values[1:]:
+        top = top.max(f.unary("fabs", value))
+    return top.reduce("max")
+
+
 def fake_quant_e4m3(f: Function, groups: list[Value]) -> tuple[list[Value], Value]:
     """Values rounded to E4M3 under one power-of-two scale for all of them, and that scale (spec architecture 2.9)."""
     kind, bits = groups[0].kind, vec(lanes(groups[0].kind), I32)
-    top = f.unary("fabs", groups[0])
-    for value in groups[1:]:
-        top = top.max(f.unary("fabs", value))
-    amax = top.reduce("max").max(1e-4) * (1 / 448)
+    amax = largest(f, groups).max(1e-4) * (1 / 448)
     scale = ((amax.bits(I32) + 0x7FFFFF) & 0x7F800000).bits(F32)
     floor = (scale * 2.0**-6).spread(lanes(kind))
     rounded = []

@@ -57,6 +57,10 @@ class Kernel:
         place = span * (WORD * len(SPAN)) + WORD * SPAN.index(name)
         return self.f.load(I64, self.step_ptr("span_table"), place)
 
+    def angles(self, row: Value, rotary: int) -> Value:
+        """Where a packed row's cos and sin lie, in the regime that the job's word says."""
+        return self.f.at(self.step_ptr("angles"), (row * 2 + self.arg("regime")) * (rotary * 4))
+
     def share(self, total: Operand) -> Iterator[Value]:
         """Loop over this thread's contiguous share of 0..total."""
         f = self.f

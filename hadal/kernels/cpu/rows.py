@@ -29,6 +29,20 @@ _TOGETHER = 4  # rows whose maps are computed at once
 _V, _I = vec(16, F32), vec(16, I32)
 
 
+def emit_rows(module: KernelModule, shapes: Shapes) -> None:
+    """All kernels of this file."""
+    emit_embed(module, shapes)
+    emit_angles(module, shapes)
+    emit_site(module, shapes, "site_first", after="none", before=True)
+    emit_site(module, shapes, "site_experts", after="attention", before=True)
+    emit_site(module, shapes, "site_attention", after="experts", before=True)
+    emit_site(module, shapes, "site_last", after="experts", before=False)
+    emit_collapse(module, shapes)
+    emit_latent(module, shapes)
+    emit_window_copies(module, shapes)
+    emit_heads(module, shapes)
+
+
 def emit_embed(module: KernelModule, shapes: Shapes) -> None:
     """Every stream of a row begins as the token's embedding."""
     with module.kernel("embed", EMBED) as k:
@@ -246,11 +260,6 @@ def _turn_half(f: Function, angles: Value, rotary: int, first: int, value: Value
     return rotated(f, value, angles, rotary, first + half)
 
 
-def angles_of(k: Kernel, shapes: Shapes, row: Value) -> Value:
-    """Where the row's cos and sin lie in this layer's regime."""
-    return k.f.at(k.step_ptr("angles"), (row * 2 + k.arg("regime")) * (shapes.rotary * 4))
-
-
 def emit_latent(module: KernelModule, shapes: Shapes) -> None:
     """The query latent normed to BF16, and the window entry normed, rotated, quantised and appended."""
     with module.kernel("latent", LATENT) as k:
@@ -273,7 +282,7 @@ def emit_latent(module: KernelModule, shapes: Shapes) -> None:
                     for c in range(begin, begin + QUANT_GROUP, 16)
                 ]
                 words += [round_bf16(f, v) for v in fake_quant_e4m3(f, values)[0]]
-            angles = angles_of(k, shapes, row)
+            angles = k.angles(row, shapes.rotary)
             for chunk, c in enumerate(range(codes, shapes.dim, 16)):
                 value = f.load(_V, kv, 4 * c) * inverse * f.load(_V, k.ptr("kv_norm"), 4 * c)
                 words.append(round_bf16(f, rotated(f, value, angles, shapes.rotary, chunk)))
@@ -342,7 +351,7 @@ def emit_heads(module: KernelModule, shapes: Shapes) -> None:
             plain = (shapes.dim - shapes.rotary) // 32
             for chunk in f.range(plain):
                 _head_tile(f, sources, gains, chunk, out, lambda value, _: value)
-            angles = angles_of(k, shapes, row)
+            angles = k.angles(row, shapes.rotary)
             for c in range(shapes.rotary // 32):
                 turned = partial(_turn_half, f, angles, shapes.rotary, 2 * c)
                 _head_tile(f, sources, gains, f.const(I64, plain + c), out, turned)

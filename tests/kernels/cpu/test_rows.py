@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hadal.kernels.cpu import rows as kernels
 from hadal.kernels.cpu.layout import HEADS, KEYS, SPAN, STEP, Shapes
-from hadal.kernels.cpu.program import KernelModule
 from hadal.kernels.reference.dense import head_norm, quantise_kv, rms_norm, rotate
 from hadal.kernels.reference.mhc import collapse_map, mix_in, mix_out, stream_maps
 from tests.kernels.cpu.harness import Kernels, Sequence, Step, address, buffer, instruction_sets, shapes
@@ -27,22 +26,7 @@ Case = dict[str, Tensor]
 
 @functools.cache
 def compiled(isa: str, sizes: Shapes) -> Kernels:
-    def emit(module: KernelModule) -> None:
-        kernels.emit_embed(module, sizes)
-        kernels.emit_angles(module, sizes)
-        for name, after, before in (
-            ("site_first", "none", True),
-            ("site_experts", "attention", True),
-            ("site_attention", "experts", True),
-            ("site_last", "experts", False),
-        ):
-            kernels.emit_site(module, sizes, name, after=after, before=before)
-        kernels.emit_collapse(module, sizes)
-        kernels.emit_latent(module, sizes)
-        kernels.emit_window_copies(module, sizes)
-        kernels.emit_heads(module, sizes)
-
-    return Kernels(isa, emit)
+    return Kernels(isa, lambda module: kernels.emit_rows(module, sizes))
 
 
 def random(*shape: int, seed: int = SEED) -> Tensor:
