@@ -111,9 +111,7 @@ def load_model(
             model.runner = build_runner(model, checkpoint.identity())
         except PackError as error:
             if backend == "cpu":
-                raise CheckpointError(
-                    f"the emitted CPU kernels cannot run this model: {error}; use backend 'reference'"
-                ) from error
+                raise _without_kernels(error) from error
             return load_model(checkpoint.path, device, dtype, fake_quant, "fused")
     return model
 
@@ -138,8 +136,12 @@ def _emitted_kernels(
     if weights == "dense" and (form == "runner" or backend == "auto"):
         reason = reason or "weights is 'dense'"
     if reason is not None and backend == "cpu":
-        raise CheckpointError(f"the emitted CPU kernels cannot run this model: {reason}; use backend 'reference'")
+        raise _without_kernels(reason)
     return form if reason is None else None
+
+
+def _without_kernels(reason: object) -> CheckpointError:
+    return CheckpointError(f"the emitted CPU kernels cannot run this model: {reason}; use backend 'reference'")
 
 
 def _stored_wide(checkpoint: Checkpoint) -> str | None:
