@@ -1,0 +1,73 @@
+"""Pages: the part of a sequence's state that grows, in pieces of 128 source tokens that sequences share once full.
+
+A page belongs to everyone who refers to it; when the last reference is gone its bytes go back to the pool, which keeps
+them for the next page. So the pages alive are exactly those that some state holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 128
+REWIND = 8  # tokens that a state can forget again
+_SLAB_BYTES = 1 << 20  # pages are cut from pieces of about this size
+_PADDING = 4096  # kernels may read a little past the end of a page
+_LINE = 64
+
+
+class Page:
+    """One page; `bytes` is a uint8 tensor on the pool's device, `address` where it lies."""
+
+    __slots__ = ("_pool", "_slab", "address", "bytes")
+
+    def __init__(self, pool: PagePool, slab: int, content: Tensor) -> None:
+        self._pool, self._slab, self.bytes = pool, slab, content
+        self.address = content.data_ptr()
+
+    def __del__(self) -> None:
+        self._pool._give_back(self._slab, self.bytes)
+
+
+class PagePool:
+    """Makes pages of one size; `live` pages are referred to by someone. Slabs without a live page are given up."""
+
+    def __init__(self, page_bytes: int, device: torch.device | str = "cpu") -> None:
+        self.page_bytes = page_bytes
+        self.live = 0
+        self._device = torch.device(device)
+        self._stride = -(-page_bytes // _LINE) * _LINE
+        self._per_slab = max(_SLAB_BYTES // max(self._stride, 1), 1)
+        self._free: dict[int, list[Tensor]] = {}  # per slab that has a free page
+        self._made = 0
+
+    def take(self) -> Page:
+        """A page of zeros."""
+        if not self._free:
+            self._free[self._made] = self._cut()
+            self._made += 1
+        slab, free = next(iter(self._free.items()))
+        page = Page(self, slab, free.pop().zero_())
+        self.live += 1
+        if not free:
+            del self._free[slab]
+        return page
+
+    def copy(self, page: Page) -> Page:
+        """A page of the same content."""
+        twin = self.take()
+        twin.bytes.copy_(page.bytes)
+        return twin
+
+    def _cut(self) -> list[Tensor]:
+        slab = torch.empty(self._per_slab * self._stride + _PADDING + _LINE, dtype=torch.uint8, device=self._device)
+        first = -slab.data_ptr() % _LINE
+        places = range(first, first + self._per_slab * self._stride, self._stride)
+        return [slab[place : place + self.page_bytes] for place in reversed(places)]
+
+    def _give_back(self, slab: int, content: Tensor) -> None:
+        self.live -= 1
+        free = self._free.setdefault(slab, [])
+        free.append(content)
+        if len(free) == self._per_slab and len(self._free) > 1:
+            del self._free[slab]
