@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 PAGE_TOKENS = 128
-REWIND = 8  # tokens that a state can forget again
+REWIND = 8  # tokens that a state can forget at once: rejected drafts, or those behind a shorter common prefix
+SLACK = 2 * REWIND  # how far behind the furthest token it has seen a state may come to stand
 _SLAB_BYTES = 1 << 20  # pages are cut from pieces of about this size
 _PADDING = 4096  # kernels may read a little past the end of a page
 _LINE = 64
@@ -39,13 +40,19 @@ class PagePool:
         self._stride = -(-page_bytes // _LINE) * _LINE
         self._per_slab = max(_SLAB_BYTES // max(self._stride, 1), 1)
         self._free: dict[int, list[Tensor]] = {}  # per slab that has a free page
-        self._made = 0
+        self._made = self._slabs = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that live and free pages occupy."""
+        return self._slabs * self._per_slab * self._stride
 
     def take(self) -> Page:
         """A page of zeros."""
         if not self._free:
             self._free[self._made] = self._cut()
             self._made += 1
+            self._slabs += 1
         slab, free = next(iter(self._free.items()))
         page = Page(self, slab, free.pop().zero_())
         self.live += 1
@@ -71,3 +78,4 @@ class PagePool:
         free.append(content)
         if len(free) == self._per_slab and len(self._free) > 1:
             del self._free[slab]
+            self._slabs -= 1

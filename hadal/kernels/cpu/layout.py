@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hadal.config import LayerSpec, ModelConfig
+from hadal.kernels.pages import PAGE_TOKENS, SLACK
 
-PAGE_TOKENS = 128
 KEYS = 32  # keys of a block
 HEADS = 16  # query heads of a group
 QUANT_GROUP = 64  # channels per scale of an entry
@@ -147,9 +147,13 @@ def place_layers(config: ModelConfig, shapes: Shapes) -> Places:
 
 
 def tail_shape(layer: LayerSpec, dim: int) -> tuple[int, int]:
-    """Rows of a layer's tail and floats of kv (or score) in each: blocks overlap in CSA layers."""
+    """Rows of a layer's tail, with those a rewound sequence needs again, and floats of kv (or score) in each.
+
+    Blocks overlap in CSA layers.
+    """
     overlap = layer.attention == "csa"
-    return (2 * layer.ratio, 2 * dim) if overlap else (layer.ratio, dim)
+    rows, width = (2 * layer.ratio, 2 * dim) if overlap else (layer.ratio, dim)
+    return rows + SLACK, width
 
 
 def _line(nbytes: int) -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hadal.device import memory_available
-from hadal.kernels.cpu.layout import PAGE_TOKENS, Places
+from hadal.kernels.cpu.layout import Places
 from hadal.kernels.cpu.target import CpuError, cache_folder
+from hadal.kernels.pages import PAGE_TOKENS, REWIND, SLACK, Page, PagePool
 
 _PADDING = 4096  # kernels may read a little past the end of a buffer
 _KEEP_FROM = 1 << 25  # bytes; packing less takes a fraction of a second
@@ -53,18 +54,21 @@ class Scratch:
 
 @dataclass
 class CpuState:
-    """State of one sequence after `position` tokens; `draft` belongs to the draft blocks, which run in plain torch.
+    """State of one sequence after `position` tokens; `draft` belongs to draft blocks that run in plain torch.
 
-    Pages that are full never change again, so copies share them.
+    Pages that are full never change again, so copies share them. Rings and tails hold what a sequence needs after it
+    has forgotten tokens.
     """
 
     places: Places
+    pool: PagePool
     home: np.ndarray
-    pages: list[np.ndarray] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.zeros(8, np.int64))
     draft: list[Any] = field(default_factory=list)
     position: int = 0
     draft_position: int = 0
+    peak: int = 0  # the furthest position it has rewound from
 
     def __post_init__(self) -> None:
         # Asked for once: numpy takes longer to tell an address than a row of a small model takes to compute.
@@ -74,32 +78,64 @@ class CpuState:
         """Make room for the tokens before position `end`."""
         while len(self.pages) * PAGE_TOKENS < end:
             if len(self.pages) == len(self.table):
-                self.table = np.concatenate((self.table, np.zeros_like(self.table)))
-                self.table_address = address(self.table)
-            self._add(buffer(self.places.page_bytes))
-
-    def _add(self, page: np.ndarray) -> None:
-        self.table[len(self.pages)] = address(page)
-        self.pages.append(page)
+                self._use_table(np.concatenate((self.table, np.zeros_like(self.table))))
+            self._put(self.pool.take())
 
     def clone(self) -> CpuState:
         """An independent copy: continuing one leaves the other as it is."""
         home = buffer(len(self.home))
         home[:] = self.home
-        copy = CpuState(self.places, home, [], np.zeros_like(self.table))
-        for i, page in enumerate(self.pages):
-            if (i + 1) * PAGE_TOKENS > self.position:
-                page, source = buffer(len(page)), page
-                page[:] = source
-            copy._add(page)
-        copy.draft = [d.clone() for d in self.draft]
-        copy.position, copy.draft_position = self.position, self.draft_position
-        return copy
+        drafts = [d.clone() for d in self.draft]
+        twin = CpuState(self.places, self.pool, home, list(self.pages), self.table.copy(), drafts, self.position)
+        twin.draft_position, twin.peak = self.draft_position, self.peak
+        twin._part()
+        return twin
+
+    @property
+    def rewindable(self) -> int:
+        """Tokens that it can forget."""
+        return min(REWIND, self.position - max(self.peak - SLACK, 0))
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens`, at most `rewindable`."""
+        assert 0 <= tokens <= self.rewindable
+        was_full = self.position // PAGE_TOKENS
+        self.peak = max(self.peak, self.position)
+        self.position -= tokens
+        if self.position // PAGE_TOKENS < was_full:
+            self._part()  # a page that was full may have other readers
+        else:
+            del self.pages[-(-self.position // PAGE_TOKENS) :]
+
+    def adopt(self, pages: Sequence[Page]) -> None:
+        """Continue behind pages that hold the tokens before the position."""
+        assert not self.pages and len(pages) == -(-self.position // PAGE_TOKENS)
+        while len(self.table) < len(pages):
+            self._use_table(np.zeros(2 * len(self.table), np.int64))
+        for page in pages:
+            self._put(page)
+
+    def dump(self) -> bytes:
+        """All but the pages and torch drafts, for `CpuRunner.restore_state`."""
+        return np.array([self.position, self.peak]).tobytes() + self.home.tobytes()
 
     def nbytes(self) -> int:
         """Bytes held for this sequence, shared pages included."""
         drafts = sum(p.nbytes if isinstance(p, Tensor) else p.nbytes() for d in self.draft for p in d.parts())
-        return int(self.home.nbytes + sum(p.nbytes for p in self.pages) + self.table.nbytes + drafts)
+        return int(self.home.nbytes + len(self.pages) * self.pool.page_bytes + self.table.nbytes + drafts)
+
+    def _part(self) -> None:
+        """Own the page that is not full; others may refer to it."""
+        del self.pages[-(-self.position // PAGE_TOKENS) :]
+        if self.position % PAGE_TOKENS:
+            self._put(self.pool.copy(self.pages.pop()))
+
+    def _put(self, page: Page) -> None:
+        self.table[len(self.pages)] = page.address
+        self.pages.append(page)
+
+    def _use_table(self, table: np.ndarray) -> None:
+        self.table, self.table_address = table, address(table)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hadal.kernels.cpu.layout import HEADS, KEYS, QUANT_GROUP, Shapes
 from hadal.kernels.cpu.numbers import cosine_sine, exp, fake_quant_e4m3, join_bf16, round_bf16, sigmoid, widen_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.tiles import transpose_pairs
+from hadal.kernels.pages import SLACK
 
 EMBED = "table streams stream_stride"
 ANGLES = "plain scaled"
@@ -316,7 +317,7 @@ def emit_window_copies(module: KernelModule, shapes: Shapes) -> None:
                     start, length = (k.span(span, w) for w in ("start", "length"))
                     end = start if opening else start + length
                     last = (end - 1) / KEYS
-                    first = (end - shapes.window + 1).max(0) / KEYS
+                    first = (end - shapes.window + 1 - (0 if opening else SLACK)).max(0) / KEYS
                     ring = f.pointer(k.span(span, "home") + k.arg("ring"))
                     window, count = f.pointer(region), k.span(span, "window_blocks")
                     with f.when(end > 0):

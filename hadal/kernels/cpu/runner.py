@@ -23,6 +23,7 @@ from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
 from hadal.kernels.cpu.weights import Lookup, plan_packing
+from hadal.kernels.pages import Page, PagePool
 
 MAX_ROWS = 256  # more would push intermediate values out of the second cache
 ROWS_PER_EXPERT = 32  # but an expert's weights are read once per step, and so few rows should share that
@@ -53,6 +54,7 @@ class CpuRunner:
         self.config, self.isa = config, isa
         self.shapes = Shapes.of(config)
         self.places = place_layers(config, self.shapes)
+        self.pool = PagePool(self.places.page_bytes)
         wanted = ROWS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
         self.max_rows = min(max(wanted, MAX_ROWS), MOST_ROWS)
         plan = plan_packing(config, lookup)
@@ -73,7 +75,15 @@ class CpuRunner:
 
     def new_state(self) -> CpuState:
         """The state of a sequence before its first token."""
-        return CpuState(self.places, buffer(self.places.home_bytes))
+        return CpuState(self.places, self.pool, buffer(self.places.home_bytes))
+
+    def restore_state(self, home: bytes, pages: Sequence[Page]) -> CpuState:
+        """The state that `CpuState.dump` wrote; it reads full pages and takes the open one for its own."""
+        state = self.new_state()
+        state.position, state.peak = map(int, np.frombuffer(home, np.int64, 2))
+        state.home[:] = np.frombuffer(home, np.uint8, offset=16)
+        state.adopt(pages)
+        return state
 
     def logits(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], last_only: bool) -> Tensor:
         """FP32 logits after each sequence's last token [S, V], or after every token [T, V]; states advance."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hadal.kernels.cpu import memory
-from hadal.kernels.cpu.layout import PAGE_TOKENS, Places
+from hadal.kernels.cpu.layout import Places
 from hadal.kernels.cpu.memory import CpuState, Packing, Scratch, address, buffer, packed_weights
+from hadal.kernels.pages import PAGE_TOKENS, PagePool
 
 
 def test_buffers_begin_on_a_cache_line() -> None:
@@ -31,7 +32,7 @@ def test_scratch_grows_and_never_shrinks() -> None:
 
 
 def state() -> CpuState:
-    return CpuState(Places([], 256, 128), buffer(256))
+    return CpuState(Places([], 256, 128), PagePool(128), buffer(256))
 
 
 def test_pages_are_added_as_a_sequence_grows() -> None:
@@ -39,7 +40,7 @@ def test_pages_are_added_as_a_sequence_grows() -> None:
     for end, pages in ((1, 1), (PAGE_TOKENS, 1), (PAGE_TOKENS + 1, 2), (40 * PAGE_TOKENS, 40)):
         s.extend(end)
         assert len(s.pages) == pages
-        assert s.table[:pages].tolist() == [address(p) for p in s.pages]
+        assert s.table[:pages].tolist() == [p.address for p in s.pages]
     assert s.nbytes() == 256 + 40 * 128 + s.table.nbytes
 
 
@@ -50,12 +51,36 @@ def test_a_copy_shares_full_pages_and_nothing_else() -> None:
     s.home[:] = 3
     copy = s.clone()
     assert [a is b for a, b in zip(s.pages, copy.pages, strict=True)] == [True, True, False]
-    assert copy.table[:3].tolist() == [address(p) for p in copy.pages]
+    assert copy.table[:3].tolist() == [p.address for p in copy.pages]
     assert (copy.position, copy.draft_position) == (s.position, 7)
-    copy.pages[2][:], copy.home[:] = 9, 9
-    assert not s.pages[2].any() and (s.home == 3).all()
+    copy.pages[2].bytes[:], copy.home[:] = 9, 9
+    assert not s.pages[2].bytes.any() and (s.home == 3).all()
     copy.extend(4 * PAGE_TOKENS)
     assert len(s.pages) == 3
+
+
+def test_a_rewound_state_leaves_the_pages_of_its_copies_alone() -> None:
+    s = state()
+    s.extend(2 * PAGE_TOKENS)
+    s.position = 2 * PAGE_TOKENS
+    copy, shared = s.clone(), s.pages[1]
+    s.rewind(3)
+    assert s.position == 2 * PAGE_TOKENS - 3 and s.pages[1] is not shared and copy.pages[1] is shared
+    assert s.table[:2].tolist() == [p.address for p in s.pages]
+    own = s.pages[1]
+    s.rewind(5)
+    assert s.pages[1] is own  # nobody else had it
+    s.rewind(0)
+    assert s.rewindable == 8
+    s.rewind(8)
+    assert s.rewindable == s.clone().rewindable == 0  # sixteen tokens behind the furthest one
+    s.position += 5
+    assert s.rewindable == 5
+    first = state()
+    first.extend(1)
+    first.position = 1
+    first.rewind(1)
+    assert first.position == 0 and not first.pages
 
 
 class Items:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hadal.checkpoint import CheckpointError, load_model, locate_model, source_of
 from hadal.kernels.cpu import chosen_kernels, unsupported
 from hadal.kernels.cpu.runner import MAX_ROWS
+from hadal.kernels.pages import REWIND
 from hadal.model import InputError, Model
 from hadal.text import Tokenizer
 from tests.checkpoint.tiny import random_tensors, tiny_config, write_checkpoint
@@ -28,6 +29,8 @@ KINDS = ["nano", "fp4", "fp8", "bf16"]
 BEST, *OTHERS = instruction_sets()  # the others take turns: compiling a model's kernels is what takes the time here
 CHOICES = [f"{BEST}-{kind}" for kind in KINDS] + [f"{isa}-{KINDS[i % 2]}" for i, isa in enumerate(OTHERS)]
 LENGTHS = st.sampled_from([0, 0, 1, 1, 2, 5, 31, 32, 33, 64, 65, 127, 200, MAX_ROWS + 30])
+
+FORGOTTEN = st.sampled_from([0, 0, 0, 1, 2, 5, REWIND])
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +74,35 @@ class Slot:
     def become_copy_of(self, other: Slot) -> None:
         self.state, self.ids, self.rows = other.state.clone(), other.ids, list(other.rows)
 
+    def forget(self, count: int) -> None:
+        self.state.rewind(count)
+        self.ids = self.ids[: len(self.ids) - count]
+        self.rows = [(end, rows) for end, rows in self.rows if end <= len(self.ids)]
+
+    def sleep(self) -> None:
+        """Go through bytes, as a state that is kept on disk does."""
+        assert self.model.runner is not None
+        pages = [self.model.runner.pool.copy(page) for page in self.state.pages]
+        self.state = self.model.runner.restore_state(self.state.dump(), pages)  # type: ignore[assignment]
+
 
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
-        st.tuples(st.tuples(LENGTHS, LENGTHS, LENGTHS), st.booleans(), st.sampled_from([None, None, (0, 1), (1, 2)])),
+        st.tuples(
+            st.tuples(LENGTHS, LENGTHS, LENGTHS),
+            st.booleans(),
+            st.sampled_from([None, None, (0, 1), (1, 2)]),
+            st.tuples(FORGOTTEN, FORGOTTEN, FORGOTTEN),
+            st.booleans(),
+        ),
         min_size=2,
-        max_size=5,
+        max_size=6,
     )
 )
 def test_any_interleaving_of_sequences_gives_the_bits_of_each_alone(model: Model, steps: list[tuple]) -> None:  # type: ignore[type-arg]
     slots = [Slot(model, seed) for seed in (11, 12, 13)]
-    for lengths, last_only, copied in steps:
+    for lengths, last_only, copied, forgotten, asleep in steps:
         taking = [(slot, n) for slot, n in zip(slots, lengths, strict=True) if n]
         if taking:
             ids = torch.cat([slot.take(n) for slot, n in taking])
@@ -92,6 +112,10 @@ def test_any_interleaving_of_sequences_gives_the_bits_of_each_alone(model: Model
                 slot.rows.append((len(slot.ids), part))
         if copied:
             slots[copied[1]].become_copy_of(slots[copied[0]])
+        for slot, count in zip(slots, forgotten, strict=True):
+            slot.forget(min(count, slot.state.rewindable))
+        if asleep:
+            slots[0].sleep()
     for slot in slots:
         if len(slot.ids):
             whole = model.logits(slot.ids)
