@@ -1,8 +1,9 @@
-"""The page pool: pages are zeroed, apart from each other, counted while they live, and given up when nobody holds them."""
+"""The page pool: pages are zeroed and apart, counted while they live, and given up when nobody holds them."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def test_live_pages_never_overlap_and_are_counted(seed: int, page_bytes: int) ->
             assert held[-1].address % 64 == 0
         assert pool.live == len(held)
         places = sorted(page.address for page in held)
-        assert all(b - a >= page_bytes for a, b in zip(places, places[1:], strict=False))
+        assert all(b - a >= page_bytes for a, b in pairwise(places))
 
 
 def test_memory_comes_back_when_pages_are_dropped() -> None:

@@ -12,10 +12,11 @@ import math
 from typing import Literal
 
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, lanes, vec
-from hadal.kernels.cpu.layout import PAGE_TOKENS, QUANT_GROUP, Shapes
+from hadal.kernels.cpu.layout import QUANT_GROUP, Shapes
 from hadal.kernels.cpu.numbers import cosine_sine, exp, largest, round_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.rows import sum_squares
+from hadal.kernels.pages import PAGE_TOKENS
 from hadal.quant.formats import E4M3_RECIPROCAL
 
 Form = Literal["entries", "keys"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hadal.kernels.cpu.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Value, vec
-from hadal.kernels.cpu.layout import KEYS, PAGE_TOKENS, QUANT_GROUP, Shapes
+from hadal.kernels.cpu.layout import KEYS, QUANT_GROUP, Shapes
 from hadal.kernels.cpu.program import Kernel
 from hadal.kernels.cpu.tiles import TILE
+from hadal.kernels.pages import PAGE_TOKENS
 
 _VECTOR, _INTS, _WORDS = vec(16, F32), vec(16, I32), vec(32, I16)
 # BF16 bits of the E4M3 codes 0..7 (m 2^-9), short of the scale's exponent

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from hadal.kernels.cpu.compress import GROUP_KEYS, int8_codes, int8_scale, rotary_lanes, rotate_pairs
 from hadal.kernels.cpu.ir import F32, I8, I32, I64, PTR, Function, Value, vec
-from hadal.kernels.cpu.layout import HEADS, PAGE_TOKENS, Shapes
+from hadal.kernels.cpu.layout import HEADS, Shapes
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.tiles import dot_int8
 from hadal.kernels.cpu.topk import write_topk
+from hadal.kernels.pages import PAGE_TOKENS
 
 # q [heads * Di] and weights [heads]: FP32 rows; out: query records; regime: 0 plain angles, 1 scaled ones.
 QUERY = "q q_stride weights weights_stride out out_stride regime"
