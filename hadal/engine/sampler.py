@@ -1,20 +1,27 @@
 """Choosing tokens from logits, one row at a time, so that a row's company in the batch cannot change its token.
 
-Randomness comes from a counter: the number for output position p of a request is a hash of (seed, stream, p), so it
-depends neither on the batch nor on what was drawn before. Legend: B requests, V vocabulary.
+A sampled token is the argmax of logit / T + g over the tokens that the filters keep, g Gumbel noise that is a hash of
+(seed, stream, position, token id). So a draft and its verification meet the same noise and mostly agree. Rows on a CPU
+with kernels go through `hadal.kernels.cpu.sample`, others through torch. Legend: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hadal.engine.request import Logprob, Request
+from hadal.engine.request import MAX_TOP_LOGPROBS, Logprob, SamplingParams
+from hadal.kernels.cpu.sample import Asked, Chooser, Found
+from hadal.kernels.cpu.target import detect
 
 _MASK = 2**64 - 1
+_LOW = 2**32 - 1
+_UNIT = 2.0**40  # weights are added as integers: their sum does not depend on the order, so neither on the batch
+_FASTEST, _SLOWEST = 1e30, 1e-30  # of 1 / T in FP32; temperatures beyond choose as these do
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +33,75 @@ class Choice:
     error: str | None = None
 
 
-def sample(logits_BV: Tensor, requests: Sequence[Request]) -> list[Choice]:
-    """The next token of each request from its row of float32 logits; a row with NaN or infinity fails alone."""
-    finite = torch.isfinite(logits_BV).all(-1).tolist()
-    greedy = logits_BV.argmax(-1).tolist()  # torch documents the first of equal maxima: the lowest index
-    return [_choose(logits_BV[b], r, greedy[b], finite[b]) for b, r in enumerate(requests)]
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What decides about one row beside its logits; `position` counts output tokens."""
+
+    params: SamplingParams
+    seed: int
+    stream: int
+    position: int
+    want_logprobs: bool
 
 
-def _choose(logits_V: Tensor, request: Request, greedy: int, finite: bool) -> Choice:
-    position = len(request.output_ids)
-    if not finite:
-        return Choice(error=f"the model gave a logit that is not finite at output token {position}")
-    params = request.params
-    token = greedy
-    if params.temperature > 0:
-        u = uniform(request.seed, request.stream, position)
-        token = _draw(logits_V, params.temperature, params.top_k, params.top_p, u)
-    wanted = {} if params.logprobs is None else _logprobs(logits_V, token, params.logprobs)
-    return Choice(token, wanted)
+class Sampler:
+    """Chooses among the first `vocabulary` tokens of rows of logits that lie on a device."""
+
+    def __init__(self, vocabulary: int, device: torch.device | str = "cpu") -> None:
+        self._vocabulary = vocabulary
+        isa = detect()[0] if torch.device(device).type == "cpu" else None
+        self._find: Callable[[Tensor, list[Asked]], list[Found]] = self._find_plainly
+        if isa is not None:
+            self._find = Chooser(isa, vocabulary, MAX_TOP_LOGPROBS).find
+
+    def choose(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+        """The next token of each row of float32 logits.
+
+        A row with NaN or +inf, or without any finite logit, fails alone; -inf masks a token. Log-probabilities are
+        natural, of the raw logits: the chosen token's first, then the likeliest in order, masked tokens left out.
+        """
+        asked = [self._asked(d, (d.params.logprobs or 0) if d.want_logprobs else -1) for d in draws]
+        return [_choice(d, found) for d, found in zip(draws, self._find(logits_RV, asked), strict=True)]
+
+    def guess(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """Draft tokens, with the noise of `choose`; 0 for a row that has none."""
+        found = self._find(logits_RV, [self._asked(d, -1) for d in draws])
+        return [max(row.token, 0) for row in found]
+
+    def _asked(self, draw: Draw, top: int) -> Asked:
+        params = draw.params
+        if params.temperature == 0:
+            return Asked(0, 0.0, 0, 1.0, top)
+        rate = max(min(1 / params.temperature, _FASTEST), _SLOWEST)
+        return Asked(
+            noise_key(draw.seed, draw.stream, draw.position), rate, params.top_k or self._vocabulary, params.top_p, top
+        )
+
+    def _find_plainly(self, logits_RV: Tensor, asked: list[Asked]) -> list[Found]:
+        rows_RV = logits_RV[:, : self._vocabulary]
+        if rows_RV.device.type != "cpu":
+            return find(rows_RV, asked)
+        # On a CPU torch's functions round by a number's place in the tensor, so each row is a tensor of its own.
+        return [found for r, row in enumerate(asked) for found in find(rows_RV[r : r + 1], [row])]
 
 
-def uniform(seed: int, stream: int, position: int) -> float:
-    """A number strictly between 0 and 1 that depends on its three arguments alone (splitmix64's finaliser, chained)."""
+def _choice(draw: Draw, found: Found) -> Choice:
+    if found.token < 0:
+        return Choice(error=f"the logits at output token {draw.position} are not finite (NaN, +inf or only -inf)")
+    if not draw.want_logprobs:
+        return Choice(found.token)
+    base = found.highest + math.log(found.mass)
+    logprobs = {found.token: Logprob(found.logit - base, found.ahead + 1)}
+    for rank, (token, logit) in enumerate(found.likeliest, 1):
+        logprobs.setdefault(token, Logprob(logit - base, rank))
+    return Choice(found.token, logprobs)
+
+
+def noise_key(seed: int, stream: int, position: int) -> int:
+    """64 bits that depend on the three arguments alone (splitmix64's finaliser, chained)."""
     x = _mix(seed & _MASK)
     x = _mix(x + stream * 0xD1B54A32D192ED03)
-    x = _mix(x + position * 0x8CB92BA72F3D8DD7)
-    return ((x >> 12) + 0.5) * 2.0**-52
+    return _mix(x + position * 0x8CB92BA72F3D8DD7)
 
 
 def _mix(x: int) -> int:
@@ -61,34 +111,75 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _draw(logits_V: Tensor, temperature: float, top_k: int, top_p: float, u: float) -> int:
-    """Inverse transform of `u` in float64; filters keep the likeliest tokens, equal ones by lower index."""
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    scaled_V = (logits_V.double() - logits_V.max()) / temperature
-    ids_V = None
-    if 0 < top_k < len(scaled_V) or top_p < 1:
-        scaled_V, ids_V = torch.sort(scaled_V, descending=True, stable=True)
-        if top_k:
-            scaled_V = scaled_V[:top_k]
-    cumulative_V = torch.softmax(scaled_V, -1).cumsum(-1)
-    if top_p < 1:
-        kept = int(torch.searchsorted(cumulative_V, top_p)) + 1
-        cumulative_V = cumulative_V[:kept]
-    # `right` skips entries of zero probability, whose cumulative sum equals their predecessor's.
-    index = int(torch.searchsorted(cumulative_V, u * float(cumulative_V[-1]), right=True))
-    index = min(index, len(cumulative_V) - 1)
-    return index if ids_V is None else int(ids_V[index])
+def find(logits_RV: Tensor, asked: Sequence[Asked]) -> list[Found]:
+    """What the kernel computes, in plain torch on any device, by sorting where order counts."""
+    x_RV, device = logits_RV.float(), logits_RV.device
+    sound_R = (x_RV < math.inf).all(1) & (x_RV > -math.inf).any(1)
+    x_RV = torch.where(sound_R[:, None], x_RV, 0.0)
+    highest_R1 = x_RV.amax(1, keepdim=True)
+    token_R1 = x_RV.argmax(1, keepdim=True)  # torch documents the first of equal maxima: the lowest index
+    most = max(row.top for row in asked)
+    sampled = any(row.rate for row in asked)
+    filtered = any(row.rate and (row.top_k < x_RV.shape[1] or row.top_p < 1) for row in asked)
+    if filtered or most >= 0:
+        sorted_RV, order_RV = torch.sort(x_RV, descending=True, stable=True)
+    if sampled:
+        rate_R1 = torch.tensor([[row.rate or 1.0] for row in asked], dtype=torch.float32, device=device)
+        greedy_R1 = torch.tensor([[row.rate == 0] for row in asked], device=device)
+        scores_RV = (x_RV - highest_R1) * rate_R1 - _exponential(asked, x_RV).log()
+        if filtered:
+            scores_RV = scores_RV.gather(1, order_RV)
+            inside_RV = _inside(_weights((sorted_RV - highest_R1) * rate_R1), asked)
+            drawn_R1 = order_RV.gather(1, scores_RV.masked_fill(~inside_RV, -math.inf).argmax(1, keepdim=True))
+        else:
+            drawn_R1 = scores_RV.argmax(1, keepdim=True)
+        token_R1 = torch.where(greedy_R1, token_R1, drawn_R1)
+    token_R1 = torch.where(sound_R[:, None], token_R1, -1)
+    if most < 0:
+        return [Found(token, 0, 0.0, 0.0, 1.0, ()) for token in token_R1[:, 0].tolist()]
+    logit_R1 = x_RV.gather(1, token_R1.clamp(min=0))
+    ahead_R1 = (order_RV == token_R1).int().argmax(1, keepdim=True)
+    mass_R1 = _weights(x_RV - highest_R1).sum(1, keepdim=True)
+    whole = torch.cat((token_R1, ahead_R1, mass_R1, order_RV[:, :most]), 1).tolist()
+    real = torch.cat((highest_R1, logit_R1, sorted_RV[:, :most]), 1).tolist()
+    results = []
+    for row, (token, ahead, mass, *ids), (highest, logit, *logits) in zip(asked, whole, real, strict=True):
+        pairs = [pair for pair in zip(ids, logits, strict=True) if pair[1] > -math.inf]
+        results.append(Found(token, ahead, logit, highest, mass / _UNIT, tuple(pairs[: max(row.top, 0)])))
+    return results
 
 
-def _logprobs(logits_V: Tensor, token: int, top: int) -> dict[int, Logprob]:
-    """Token id -> Logprob for the chosen token first, then the `top` likeliest in order, equal ones by lower index."""
-    logprobs_V = torch.log_softmax(logits_V, -1)
-    ahead = (logits_V > logits_V[token]).sum() + (logits_V[:token] == logits_V[token]).sum()
-    out = {token: Logprob(float(logprobs_V[token]), int(ahead) + 1)}
-    if top:
-        least = torch.topk(logits_V, min(top, len(logits_V))).values[-1]
-        ids = (logits_V >= least).nonzero()[:, 0]  # all that may belong, in index order
-        order = torch.sort(logits_V[ids], descending=True, stable=True).indices[:top]
-        for rank, i in enumerate(ids[order].tolist(), 1):
-            out.setdefault(i, Logprob(float(logprobs_V[i]), rank))
-    return out
+def _exponential(asked: Sequence[Asked], like_RV: Tensor) -> Tensor:
+    """Exponential noise -log(1 - v), v = (bits + 1/2) / 2^32 of a hash of key and token id, precise at both ends."""
+    device = like_RV.device
+    low_R1, high_R1 = (
+        torch.tensor([[row.key >> shift & _LOW] for row in asked], device=device, dtype=torch.int64)
+        for shift in (0, 32)
+    )
+    ids_V = torch.arange(like_RV.shape[1], device=device)
+    bits_RV = _mix_half(_mix_half((ids_V + low_R1) & _LOW) ^ high_R1)
+    early_RV = bits_RV < 2**31
+    smaller_RV = (torch.where(early_RV, bits_RV, _LOW - bits_RV).float() + 0.5) * 2.0**-32  # of v and 1 - v
+    return -torch.where(early_RV, torch.log1p(-smaller_RV), smaller_RV.log())
+
+
+def _mix_half(x: Tensor) -> Tensor:
+    """MurmurHash3's finaliser of 32-bit numbers."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def _weights(scaled_RV: Tensor) -> Tensor:
+    return (scaled_RV.exp() * _UNIT).long()
+
+
+def _inside(weights_RV: Tensor, asked: Sequence[Asked]) -> Tensor:
+    """Which tokens, in order, top_k and then top_p keep: those up to the one that reaches the mass."""
+    device = weights_RV.device
+    count_R1 = torch.tensor([[row.top_k or weights_RV.shape[1]] for row in asked], device=device)
+    share_R1 = torch.tensor([[row.top_p] for row in asked], dtype=torch.float32, device=device)
+    first_RV = torch.arange(weights_RV.shape[1], device=device) < count_R1
+    kept_R1 = (weights_RV * first_RV).sum(1, keepdim=True)
+    ahead_RV = weights_RV.cumsum(1) - weights_RV
+    return first_RV & ((ahead_RV.float() < share_R1 * kept_R1.float()) | (share_R1 == 1))

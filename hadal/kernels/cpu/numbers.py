@@ -14,6 +14,7 @@ from hadal.kernels.cpu.ir import BF16, F32, F64, I16, I32, I64, Function, Value,
 _LOG2E = 1 / math.log(2)
 _LN2_HIGH = 0.693359375
 _LN2_LOW = math.log(2) - _LN2_HIGH
+_SQRT_HALF = 0x3F3504F3  # the bits of 2^-1/2
 _HALF_PI_HIGH = 1.5707963267948966
 _HALF_PI_LOW = 6.123233995736766e-17
 
@@ -37,9 +38,18 @@ def exp(f: Function, x: Value) -> Value:
 
 
 def log1p_unit(f: Function, u: Value) -> Value:
-    """log(1 + u) for 0 <= u <= 1 with a small relative error, as 2 atanh(u / (2 + u))."""
+    """log(1 + u) for -1/2 <= u <= 1 with a small relative error, as 2 atanh(u / (2 + u))."""
     s = u / (u + 2.0)
     return s * 2.0 * polynomial(f, s * s, [1 / (2 * i + 1) for i in range(10)])
+
+
+def log(f: Function, x: Value) -> Value:
+    """log x of positive normal numbers, with a small relative error also beside 1."""
+    integers = vec(lanes(x.kind), I32)
+    exponent = (x.bits(integers) - _SQRT_HALF).sar(23)
+    u = (x.bits(integers) - (exponent << 23)).bits(x.kind) - 1.0
+    n = exponent.to_float(x.kind)
+    return f.fma(n, _LN2_HIGH, f.fma(n, _LN2_LOW, log1p_unit(f, u)))
 
 
 def softplus(f: Function, x: Value) -> Value:

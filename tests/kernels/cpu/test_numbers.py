@@ -31,6 +31,7 @@ def compiled(isa: str) -> VectorFunctions:
         {
             "exp": numbers.exp,
             "log1p_unit": numbers.log1p_unit,
+            "log": numbers.log,
             "softplus": numbers.softplus,
             "sigmoid": numbers.sigmoid,
             "silu": numbers.silu,
@@ -76,9 +77,17 @@ def test_exp(isa: str) -> None:
 
 
 @ISAS
-def test_log1p_of_the_unit_interval(isa: str) -> None:
-    x = samples(0.0, 1.0, 0.0, 1.0)
+def test_log1p_from_minus_a_half_to_one(isa: str) -> None:
+    x = samples(-0.5, 1.0, -0.5, 0.0, 1.0)
     assert ulps(run(isa, "log1p_unit", x), np.log1p(x.astype(np.float64))) < 3
+
+
+@ISAS
+def test_log(isa: str) -> None:
+    beside = 1 + np.arange(-2000, 2000) * 2.0**-23
+    x = np.concatenate((samples(1e-30, 100.0), beside, [2.0**-126, 3.4e38, 0.5, 2**-0.5])).astype(np.float32)
+    assert ulps(run(isa, "log", x), np.log(x.astype(np.float64))) < 3
+    assert run(isa, "log", np.ones(1)).tolist() == [0.0]
 
 
 @ISAS
