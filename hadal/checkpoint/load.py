@@ -99,7 +99,7 @@ def load_model(
     with torch.device("meta"):
         model = Model(checkpoint.config, numerics, {"runner": "auto", "table": "cpu"}[kernels] if kernels else backend)
     for parameter, specs in checkpoint.by_parameter():
-        stored = kernels == "runner" and not parameter.startswith("draft")
+        stored = kernels == "runner" and not (checkpoint.config.draft == "dspark" and parameter.startswith("draft"))
         packed = stored or weights == "packed"
         value = _value(checkpoint, specs, None if stored else carrier, target, packed=packed)
         place_parameter(model, parameter, value)

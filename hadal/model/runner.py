@@ -20,7 +20,7 @@ def build_runner(model: Model, identity: str | None = None) -> CpuRunner:
     isa, reason = detect()
     if isa is None:
         raise CpuError(f"no CPU kernels here: {reason}")
-    layers = model.config.layers
+    layers = (*model.config.layers, *model.config.draft_layers)
     plain = next((layer for layer in layers if not layer.ratio), layers[0])
     compressed = next((layer for layer in layers if layer.ratio), plain)
     regimes = [frequencies(model.config, plain), frequencies(model.config, compressed)]

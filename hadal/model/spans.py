@@ -35,10 +35,11 @@ class Span:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where the compressor finds its blocks in a buffer of [carried tail | new tokens] per span."""
+    """Where the compressor finds its blocks: in the packed rows of documents, or in a buffer of [carried tail | new
+    tokens] of each span that continues a state and completes a block.
+    """
 
     carry: tuple[int, ...]  # carried rows per span
-    keep: tuple[int, ...]  # rows each span carries on
     count: tuple[int, ...]  # blocks each span completes
     rows_Br: Tensor
     previous_Br: Tensor | None
@@ -57,7 +58,9 @@ class Batch:
 
     @classmethod
     def from_states(cls, lengths: Sequence[int], states: Sequence[SequenceState], device: torch.device) -> Batch:
-        """Spans that continue `states`."""
+        """Spans that continue `states`, which get the pages they need."""
+        for state, length in zip(states, lengths, strict=True):
+            state.extend(state.position + length)
         return cls(_spans(lengths, states, [s.position for s in states]), device)
 
     @classmethod
@@ -71,9 +74,10 @@ class Batch:
         return torch.cat([torch.arange(s.start, s.end, device=self.device) for s in self.spans])
 
     @classmethod
-    def just_fed(cls, lengths: Sequence[int], states: Sequence[SequenceState], device: torch.device) -> Batch:
-        """The spans by which `states` were advanced last, for the draft head that follows the main layers."""
-        starts = [state.position - length for length, state in zip(lengths, states, strict=True)]
+    def at(
+        cls, starts: Sequence[int], lengths: Sequence[int], states: Sequence[SequenceState], device: torch.device
+    ) -> Batch:
+        """Spans from given positions on, for the draft head that follows the main layers."""
         return cls(_spans(lengths, states, starts), device)
 
     def angles(self, config: ModelConfig, layer: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -102,21 +106,21 @@ def carried_rows(position: int, ratio: int, overlap: bool) -> int:
 
 
 def _plan_blocks(spans: Sequence[Span], ratio: int, overlap: bool, device: torch.device) -> BlockPlan:
-    carry, keep, count, firsts, positions = [], [], [], [], []
+    carry, count, firsts, positions = [], [], [], []
     offset = 0
     for span in spans:
-        carried = carried_rows(span.start, ratio, overlap)
-        carry.append(carried)
-        keep.append(carried_rows(span.end, ratio, overlap))
         block = torch.arange(span.start // ratio, span.end // ratio, device=device) * ratio
+        carried = 0 if span.state is None else carried_rows(span.start, ratio, overlap)
+        carry.append(carried)
         count.append(len(block))
-        firsts.append(block - (span.start - carried) + offset)
+        firsts.append(block - (span.start - carried) + (span.row if span.state is None else offset))
         positions.append(block)
-        offset += carried + span.length
+        if len(block):
+            offset += carried + span.length
     first_B, position_B = torch.cat(firsts), torch.cat(positions)
     rows = first_B.unsqueeze(1) + torch.arange(ratio, device=device)
     if not overlap:
-        return BlockPlan(tuple(carry), tuple(keep), tuple(count), rows, None, None, position_B)
+        return BlockPlan(tuple(carry), tuple(count), rows, None, None, position_B)
     has_previous = position_B > 0
     previous = torch.where(has_previous.unsqueeze(1), rows - ratio, rows)
-    return BlockPlan(tuple(carry), tuple(keep), tuple(count), rows, previous, has_previous, position_B)
+    return BlockPlan(tuple(carry), tuple(count), rows, previous, has_previous, position_B)

@@ -10,8 +10,10 @@ Legend: T packed tokens, S sequences, N streams, d hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from hadal.kernels import IndexerLoss, KernelTable, Numerics, kernel_table
 from hadal.model.attention import TrainingTrace
 from hadal.model.block import Block
 from hadal.model.draft import DsparkStage, MtpBlock
+from hadal.model.drafter import Drafter, DsparkDrafter, Fed, MtpDrafter
 from hadal.model.initial import init_weights
 from hadal.model.mhc import StreamCollapse
 from hadal.model.moe import Routing
@@ -30,6 +33,8 @@ from hadal.model.state import SequenceState, fresh_draft, fresh_state
 
 if TYPE_CHECKING:
     from hadal.kernels.cpu.runner import CpuRunner
+
+_STEP_ROWS = 2048  # of plain torch
 
 
 class InputError(ValueError):
@@ -77,7 +82,8 @@ class Model(nn.Module):
         self.config = config
         self.numerics = num = numerics or Numerics()
         self.ops = ops = kernel_table(backend)
-        self.runner: CpuRunner | None = None  # computes main layers and head in place of the modules
+        self.runner: CpuRunner | None = None  # computes main layers, head and MTP block in place of the modules
+        self.fed: Fed | None = None
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, num, ops) for layer in config.layers)
         self.hc_head = StreamCollapse(config, ops)
@@ -118,8 +124,19 @@ class Model(nn.Module):
         if self.runner is None:
             return fresh_state(self.config, self.numerics.dtype, self.device)
         state: Any = self.runner.new_state()
-        state.draft = fresh_draft(self.config, self.numerics.dtype, self.device)
+        if self.config.draft == "dspark":
+            state.draft = fresh_draft(self.config, self.numerics.dtype, self.device)
         return cast(SequenceState, state)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What proposes tokens after each `advance`, if the model has a draft head."""
+        kind = {"none": None, "mtp": MtpDrafter, "dspark": DsparkDrafter}[self.config.draft]
+        return kind and kind(self)
+
+    def step_rows(self, longest: int) -> int:
+        """Rows that one `advance` should take for a draft to follow, if its longest sequence ends at `longest`."""
+        return self.runner.step_rows(longest) if self.runner is not None else _STEP_ROWS
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor | Sequence[int], state: SequenceState | None = None) -> Tensor:
@@ -139,14 +156,42 @@ class Model(nn.Module):
 
         Returns FP32 logits [S, V] after each sequence's last token, or [T, V] after every token.
         """
+        return self._advance(token_ids_T, lengths, states, [1] * len(lengths) if last_only else lengths)[0]
+
+    @torch.no_grad()
+    def advance(
+        self,
+        token_ids_T: Tensor | Sequence[int],
+        lengths: Sequence[int],
+        states: Sequence[SequenceState],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        """As `logits_ragged`, but with FP32 logits [sum(wanted), V] after the last `wanted[s]` tokens of each sequence.
+
+        Keeps what the drafter needs until the next call; `step_rows` says of how many rows.
+        """
+        starts = [state.position for state in states]
+        logits, rows = self._advance(token_ids_T, lengths, states, wanted)
+        if self.config.draft != "none":
+            self.fed = Fed([ref(state) for state in states], starts, list(accumulate(lengths, initial=0)), rows)
+        return logits
+
+    def _advance(
+        self,
+        token_ids_T: Tensor | Sequence[int],
+        lengths: Sequence[int],
+        states: Sequence[SequenceState],
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The wanted logits, and the rows that a drafter reads: taps or, without a runner, streams."""
         if self.runner is not None:
             ids = self._ids(token_ids_T)
             _check_lengths(ids, lengths, states)
-            return self.runner.logits(ids, lengths, cast(Any, states), last_only)
-        x, _ = self.streams(token_ids_T, lengths, states)
-        if last_only:
-            x = x[torch.tensor(lengths).cumsum(0).to(x.device) - 1]
-        return self.head_logits(x)
+            return self.runner.advance(ids.numpy(), lengths, cast(Any, states), wanted)
+        x, means = self.streams(token_ids_T, lengths, states)
+        ends = accumulate(lengths)
+        rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+        return self.head_logits(x[rows]), x if means is None else means
 
     @torch.no_grad()
     def streams(
@@ -156,7 +201,7 @@ class Model(nn.Module):
         ids = self._ids(token_ids_T)
         _check_lengths(ids, lengths, states)
         if self.runner is not None:
-            return self.runner.streams(ids, lengths, cast(Any, states), self.config.dspark_target_layer_ids)
+            return self.runner.streams(ids.numpy(), lengths, cast(Any, states))
         batch = Batch.from_states(lengths, states, self.device)
         x, _, taps = self._run(ids, batch, list(states), None)
         for state, length in zip(states, lengths, strict=True):
@@ -176,9 +221,34 @@ class Model(nn.Module):
 
         `states` are those the streams came from, already past the given tokens; their draft part advances here.
         """
-        batch = self._follow(lengths, states)
-        hidden, _ = self._mtp(x_TND, self._ids(next_ids_T), batch, None)
-        return self._head(hidden)
+        ids = self._ids(next_ids_T)
+        if self.runner is not None:
+            return self.runner.mtp_logits(x_TND, ids.numpy(), lengths, cast(Any, states))
+        block = self.mtp_block
+        x, _ = self._mtp(x_TND, ids, self._follow(lengths, states), None)
+        return self._head(self._hidden(x, block.hc_head, block.norm))
+
+    @torch.no_grad()
+    def follow_mtp(
+        self,
+        states: Sequence[SequenceState],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        sources: list[int],
+        ids: list[int],
+        wanted: list[int],
+    ) -> Tensor:
+        """One pass of the MTP block for its drafter: logits [W, V] of the rows `wanted`.
+
+        Span s holds `lengths[s]` rows from position `starts[s]` on; row i takes the streams of row `sources[i]` of the
+        last pass, of the main layers or of this block, and the token `ids[i]` that follows it.
+        """
+        if self.runner is not None:
+            return self.runner.follow(cast(Any, states), starts, lengths, sources, ids, wanted)
+        assert self.fed is not None and self.fed.rows is not None
+        x, _ = self._mtp(self.fed.rows[sources], self._ids(ids), Batch.at(starts, lengths, states, self.device), None)
+        self.fed = replace(self.fed, rows=x)
+        return self._head(self._hidden(x[wanted], self.mtp_block.hc_head, self.mtp_block.norm))
 
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
@@ -220,7 +290,8 @@ class Model(nn.Module):
         x, routing, _ = self._run(ids, batch, [None] * len(batch.spans), trace)
         mtp = None
         if self.config.draft == "mtp":
-            mtp, mtp_routing = self._mtp(x, torch.roll(ids, -1), batch, trace)
+            x_mtp, mtp_routing = self._mtp(x, torch.roll(ids, -1), batch, trace)
+            mtp = self._hidden(x_mtp, self.mtp_block.hc_head, self.mtp_block.norm)
             routing.append(mtp_routing)
         kl, captured = _indexer_result(trace.indexer_loss)
         return TrainingOutput(self._hidden(x, self.hc_head, self.norm), mtp, self.head, routing, kl, captured)
@@ -234,7 +305,8 @@ class Model(nn.Module):
                     "feed it after every pass of the main layers"
                 )
             state.draft_position = state.position
-        return Batch.just_fed(lengths, states, self.device)
+        starts = [state.position - length for state, length in zip(states, lengths, strict=True)]
+        return Batch.at(starts, lengths, states, self.device)
 
     def _run(
         self, ids_T: Tensor, batch: Batch, states: Sequence[SequenceState | None], trace: TrainingTrace | None
@@ -253,8 +325,9 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Routing]:
         block = self.mtp_block
         x = block.join(x_TND, F.embedding(next_ids_T, self.embed).to(self.numerics.dtype))
-        x, routing = block(x, next_ids_T, batch, [s.state.draft[0] if s.state else None for s in batch.spans], trace)
-        return self._hidden(x, block.hc_head, block.norm), routing
+        states = [s.state.draft[0] if s.state else None for s in batch.spans]
+        out: tuple[Tensor, Routing] = block(x, next_ids_T, batch, states, trace)
+        return out
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         e = F.embedding(ids_T, self.embed).to(self.numerics.dtype)

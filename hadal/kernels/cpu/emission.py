@@ -10,7 +10,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from hadal.kernels.cpu import attention, compress, indexer, int8, matmul, route, rows
+from hadal.kernels.cpu import attention, compress, draft, indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.layout import STEP, Shapes
 from hadal.kernels.cpu.program import KernelModule
 from hadal.kernels.cpu.target import Isa, Library, cache_folder, keep, kept
@@ -20,7 +20,7 @@ from hadal.kernels.cpu.weights import Plan
 def compiled_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> tuple[dict[str, list[str]], Library]:
     """The words of each kernel's jobs, and the compiled kernels."""
     needed = sorted({(m.form, epilogue_of(m.name)) for m in plan.matrices.values()})
-    parts = sorted({part for part in (".compressor", ".indexer.") for name in plan.matrices if part in name})
+    parts = sorted({part for part in (".compressor", ".indexer.", ".h_proj") for name in plan.matrices if part in name})
     key = hashlib.sha256(f"{_sources()}{isa}{shapes}{needed}{parts}".encode()).hexdigest()[:32]
     place = cache_folder() / "kernels" / f"{key}.json"
     words = kept(place)
@@ -41,6 +41,7 @@ def emit_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> KernelModule:
     """All kernels that a model of these shapes and matrices needs."""
     module = KernelModule(isa, STEP)
     rows.emit_rows(module, shapes)
+    draft.emit_tap(module, shapes)
     route.emit_route(module, shapes)
     route.emit_group(module, shapes)
     route.emit_gather(module, shapes)
@@ -53,6 +54,8 @@ def emit_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> KernelModule:
         indexer.emit_index_query(module, shapes)
         indexer.emit_index_score(module, shapes)
         indexer.emit_index_select(module, shapes)
+    if any(".h_proj" in name for name in plan.matrices):
+        draft.emit_draft(module, shapes)
     for form, epilogue in sorted({(m.form, epilogue_of(m.name)) for m in plan.matrices.values()}):
         if form == "fp4" and not isa.amx:
             int8.emit_products_int8(module, epilogue)

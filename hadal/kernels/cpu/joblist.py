@@ -31,6 +31,14 @@ class Place(NamedTuple):
     stride: int
 
 
+class Part(NamedTuple):
+    """Jobs `begin` to `end` make logits of the wanted rows; `streams` is the job after which the streams stand."""
+
+    begin: int
+    streams: int
+    end: int
+
+
 class Space:
     """Rows of a step's intermediate values."""
 
@@ -56,13 +64,14 @@ class JobList:
         self.isa, self.config, self.shapes, self.max_rows = isa, config, shapes, max_rows
         self.space: dict[str, Space] = {}
         self.plain_group = np.array([1, 0, 0, 0], np.int64)
+        self.stream_group = np.array([1, 0, 0, 0], np.int64)
         self.head_group = np.array([1, 0, 0, 0], np.int64)
         groups = [word for g in range(config.o_groups) for word in (g, 0, 0)]
         self.output_groups = np.array([config.o_groups, *groups], np.int64)
         self.sites: dict[tuple[int, str], tuple[int, int]] = {}  # jobs from a site's input to its output
-        self.after_layer: list[int] = []  # jobs after which the streams are a layer's output
-        self.before_head = 0
+        self.main = self.draft = Part(0, 0, 0)
         self.logits_width = 0
+        self.sources = np.zeros(max_rows, np.int64)  # per row of the MTP block: whose streams it follows
         self._expander_bytes = 0
         self._held: list[Any] = []
         self._jobs: list[tuple[str, np.ndarray, bool]] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels.cpu import indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.emission import compiled_kernels, epilogue_of
-from hadal.kernels.cpu.joblist import LINE, JobList, Place, Space
+from hadal.kernels.cpu.joblist import LINE, JobList, Part, Place, Space
 from hadal.kernels.cpu.layout import LayerPlace, Places, Shapes, tail_shape
 from hadal.kernels.cpu.memory import address
 from hadal.kernels.cpu.target import Isa
@@ -94,18 +94,22 @@ class _Builder:
         """Embedding and angles."""
         table = self.lookup("embed")
         assert isinstance(table, Tensor)
-        words = table.detach().to(torch.bfloat16).contiguous()
-        self.jobs._held.append(words)
+        self.table = table.detach().to(torch.bfloat16).contiguous()
+        self.jobs._held.append(self.table)
+        self._angles()
+        streams = self.streams
+        self.jobs.add("embed", table=self.table.data_ptr(), streams=streams.address, stream_stride=streams.stride)
+
+    def _angles(self) -> None:
         plain, scaled = self.frequencies
         self.jobs.add("angles", barrier=False, plain=plain, scaled=scaled)
-        self.jobs.add("embed", table=words.data_ptr(), streams=self.streams.address, stream_stride=self.streams.stride)
 
-    def layer(self, i: int, layer: LayerSpec, place: LayerPlace) -> None:
-        """One layer."""
-        at = f"layers.{i}."
-        self.site("site_attention" if i else "site_first", f"{at}attn_norm", f"{at}hc_attn")
-        if i:
-            self.jobs.after_layer.append(self.jobs.count)
+    def layer(self, i: int, at: str, layer: LayerSpec, place: LayerPlace) -> None:
+        """One layer, whose parameters begin with `at`."""
+        first = i in (0, len(self.config.layers))
+        self.site("site_first" if first else "site_attention", f"{at}attn_norm", f"{at}hc_attn")
+        if not first:
+            self._tap(i - 1)
         begun = self.jobs.count
         self._projections(at, layer, place)
         self._compress(at, layer, place)
@@ -115,6 +119,16 @@ class _Builder:
         begun = self.jobs.count
         self._experts(at, layer)
         self.jobs.sites[i, "experts"] = begun, self.jobs.count
+
+    def _tap(self, i: int) -> None:
+        """Keep the means of a layer's output streams where the draft head asks for them."""
+        taps, d = self.config.dspark_target_layer_ids, self.shapes.hidden
+        if i in taps:
+            kept = self.jobs.rows("taps", len(taps) * d * 4)
+            self.jobs.add(
+                "tap", streams=self.streams.address, stream_stride=self.streams.stride,
+                out=kept.address + taps.index(i) * d * 4, out_stride=kept.stride,
+            )  # fmt: skip
 
     def _projections(self, at: str, layer: LayerSpec, place: LayerPlace) -> None:
         self.jobs.add("window_open", barrier=False, ring=place.ring)
@@ -258,21 +272,45 @@ class _Builder:
         )  # fmt: skip
         return space
 
-    def head(self) -> None:
-        """The last sum, then collapse, norm and logits of the wanted rows."""
-        jobs = self.jobs
+    def head(self, begin: int, at: str = "") -> Part:
+        """The last sum, then collapse, norm and logits of the wanted rows, for the jobs from `begin` on."""
+        jobs, hyper = self.jobs, f"{at}hc_head"
         self.site("site_last", None, None)
-        jobs.before_head = jobs.count
-        jobs.after_layer.append(jobs.count)
+        if not at:
+            jobs.sites[len(self.config.layers), "sum"] = jobs.count - 1, jobs.count
+            self._tap(len(self.config.layers) - 1)
+        streams = jobs.count
         final = jobs.rows("final", self.shapes.hidden * 2)
         jobs.add(
-            "collapse", streams=self.streams.address, stream_stride=self.streams.stride, norm=self.constant("norm"),
-            fn=self.constant("hc_head.fn"), base=self.constant("hc_head.base"), scale=self.constant("hc_head.scale"),
-            out=final.address, out_stride=final.stride,
+            "collapse", streams=self.streams.address, stream_stride=self.streams.stride,
+            norm=self.constant(f"{at}norm"), fn=self.constant(f"{hyper}.fn"), base=self.constant(f"{hyper}.base"),
+            scale=self.constant(f"{hyper}.scale"), out=final.address, out_stride=final.stride,
         )  # fmt: skip
         matrix = self.plan.matrices["head"]
         jobs.logits_width = matrix.panels * matmul.PANEL
         self.product("head", final, Place("logits", jobs.logits_width * 4), jobs.head_group)
+        return Part(begin, streams, jobs.count)
+
+    def draft_inputs(self, at: str) -> None:
+        """The streams of the rows that `sources` names and the next token's embedding become the streams."""
+        jobs, streams, d = self.jobs, self.streams, self.shapes.hidden
+        count = self.shapes.streams * jobs.max_rows
+        normed, embedded = jobs.rows("normed_streams", d * 2, count), jobs.rows("next_embedding", d * 2)
+        self._angles()
+        jobs.add(
+            "draft_inputs", sources=address(jobs.sources), streams=streams.address, stream_stride=streams.stride,
+            hnorm=self.constant(f"{at}hnorm"), out=normed.address, out_stride=normed.stride,
+            table=self.table.data_ptr(), enorm=self.constant(f"{at}enorm"), embedded=embedded.address,
+            embedded_stride=embedded.stride,
+        )  # fmt: skip
+        token = self.output("embedding_value", f"{at}e_proj")
+        values = jobs.rows("stream_values", self.plan.matrices[f"{at}h_proj"].panels * 128, count)
+        self.product(f"{at}e_proj", embedded, token, jobs.plain_group, barrier=False)
+        self.product(f"{at}h_proj", normed, values, address(jobs.stream_group))
+        jobs.add(
+            "draft_join", streams=streams.address, stream_stride=streams.stride, values=values.address,
+            value_stride=values.stride, embedded=token.address, embedded_stride=token.stride,
+        )  # fmt: skip
 
 
 def build_jobs(
@@ -284,8 +322,13 @@ def build_jobs(
     jobs.words, library = compiled_kernels(isa, shapes, plan)
     builder = _Builder(jobs, plan, packed, lookup, frequencies)
     builder.start()
-    for i, (layer, place) in enumerate(zip(config.layers, places.layers, strict=True)):
-        builder.layer(i, layer, place)
-    builder.head()
+    for i, layer in enumerate(config.layers):
+        builder.layer(i, f"layers.{i}.", layer, places.layers[i])
+    jobs.main = builder.head(0)
+    if config.draft == "mtp":
+        begun = jobs.count
+        builder.draft_inputs("draft.0.")
+        builder.layer(len(config.layers), "draft.0.", config.draft_layers[0], places.layers[-1])
+        jobs.draft = builder.head(begun, "draft.0.")
     jobs.finish(library)
     return jobs

@@ -125,10 +125,10 @@ class Places:
 
 
 def place_layers(config: ModelConfig, shapes: Shapes) -> Places:
-    """Lay out homes and pages; every part begins on a cache line."""
+    """Lay out homes and pages, an MTP block's ring last; every part begins on a cache line."""
     home = page = 0
     layers = []
-    for layer in config.layers:
+    for layer in (*config.layers, *(config.draft_layers if config.draft == "mtp" else ())):
         ring, home = home, home + shapes.ring_blocks * shapes.block_bytes
         place = {"ring": ring}
         if layer.ratio:

@@ -8,15 +8,15 @@ Legend: T packed rows, S sequences, V vocabulary, N streams, d hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from operator import add
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hadal.config import CSA_RATIO, ModelConfig
-from hadal.kernels.cpu.joblist import JobList
+from hadal.kernels.cpu.joblist import JobList, Part
 from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
 from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_weights
@@ -30,15 +30,17 @@ ROWS_PER_EXPERT = 32  # but an expert's weights are read once per step, and so f
 MOST_ROWS = 2048
 _SCORE_BYTES = 1 << 26  # index scores held at once: behind long contexts a step takes fewer rows
 
+Ids = Sequence[int] | np.ndarray
 
-@dataclass(frozen=True)
-class _Piece:
+
+class _Piece(NamedTuple):
     """Part of a sequence's new tokens that one step computes."""
 
     state: CpuState
-    first: int  # index of its first token among all of the call
+    start: int  # position of its first token
     length: int
-    ends: bool  # whether the sequence's last new token is in it
+    first: int  # index of its first token among all of the call
+    wanted: int  # how many of its last rows give logits
 
 
 class CpuRunner:
@@ -85,107 +87,146 @@ class CpuRunner:
         state.adopt(pages)
         return state
 
-    def logits(self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], last_only: bool) -> Tensor:
-        """FP32 logits after each sequence's last token [S, V], or after every token [T, V]; states advance."""
-        width = self._jobs.logits_width
-        logits = torch.empty(len(lengths) if last_only else len(ids_T), width)
-        filled = 0
-        for pieces in self._steps(lengths, states):
-            self._prepare(pieces, ids_T.numpy())
-            rows = _wanted_rows(pieces, last_only)
-            self._arrays["wanted"][: len(rows)] = rows
-            self._set("wanted_rows", len(rows))
-            self._jobs.head_group[3] = len(rows)
-            self._jobs.set("logits", address(logits) + filled * width * 4)
-            _advance(pieces)  # first: a step that an interrupt waits for is finished all the same
-            self._team.run(self._jobs.table, self._jobs.count if rows else self._jobs.before_head, self._step)
-            filled += len(rows)
+    def advance(
+        self, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState], wanted: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """FP32 logits [sum(wanted), V] after each sequence's last `wanted` tokens; states advance.
+
+        Also the means of the streams after the layers that a DSpark head taps [T, taps*d].
+        """
+        logits, filled = self._logits(sum(wanted)), 0
+        taps: list[Tensor] = []
+        for pieces in self._steps(lengths, states, [state.position for state in states], wanted):
+            rows, asked = self._begin(pieces, ids)
+            self._run_head(self._jobs.main, asked, logits[filled:])
+            filled += len(asked)
+            taps += self._taps(rows)
+        return logits[:, : self.config.vocab_size], torch.cat(taps) if taps else None
+
+    def streams(self, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState]) -> tuple[Tensor, Tensor | None]:
+        """The residual streams [T, N, d] after the last layer, and the taps as from `advance`."""
+        streams: list[Tensor] = []
+        taps: list[Tensor] = []
+        for pieces in self._steps(lengths, states, [state.position for state in states], [0] * len(states)):
+            rows, _ = self._begin(pieces, ids)
+            self._run(0, self._jobs.main.streams)
+            streams.append(self._streams(rows).clone())
+            taps += self._taps(rows)
+        return torch.cat(streams), torch.cat(taps) if taps else None
+
+    def follow(
+        self, states: Sequence[CpuState], starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int],
+        ids: Ids, wanted: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        """FP32 logits [W, V] of the rows `wanted` of a pass of the MTP block, whose streams replace the last pass's.
+
+        Span s holds `lengths[s]` rows from position `starts[s]` on; row i takes the streams of row `sources[i]` of the
+        last pass and the token `ids[i]`.
+        """
+        pieces = [_Piece(*piece, 0, 0) for piece in zip(states, starts, lengths, strict=True)]
+        return self._follow(pieces, sources, ids, wanted)
+
+    def _follow(self, pieces: Sequence[_Piece], sources: Sequence[int], ids: Ids, wanted: Sequence[int]) -> Tensor:
+        rows = self._prepare(pieces, ids)
+        self._jobs.sources[:rows] = sources
+        self._jobs.stream_group[3] = rows * self.shapes.streams
+        logits = self._logits(len(wanted))
+        self._run_head(self._jobs.draft, wanted, logits)
         return logits[:, : self.config.vocab_size]
 
-    def streams(
-        self, ids_T: Tensor, lengths: Sequence[int], states: Sequence[CpuState], taps: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual streams [T, N, d] after the last layer, and their means after the layers `taps` [T, taps*d]."""
-        n, d = self.shapes.streams, self.shapes.hidden
-        out, means = torch.empty(len(ids_T), n, d), torch.empty(len(ids_T), len(taps), d)
-        done = 0
-        for pieces in self._steps(lengths, states):
-            rows = self._prepare(pieces, ids_T.numpy())
-            _advance(pieces)
-            begun = 0
-            for i, layer in enumerate((*taps, len(self.config.layers) - 1)):
-                stop = self._jobs.after_layer[layer]
-                self._team.run(self._jobs.table[begun:stop], stop - begun, self._step)
-                begun = stop
-                here = self._jobs.space["streams"].rows(rows, n * d).view(rows, n, d)
-                if i < len(taps):
-                    means[done : done + rows, i] = here.mean(1)
-                else:
-                    out[done : done + rows] = here
-            done += rows
-        return out, means.flatten(1) if taps else None
+    def mtp_logits(self, x_TND: Tensor, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState]) -> Tensor:
+        """MTP logits [T, V] from the streams and next tokens of the last `lengths` positions."""
+        starts = [state.position - length for state, length in zip(states, lengths, strict=True)]
+        parts = []
+        for pieces in self._steps(lengths, states, starts, lengths):
+            rows = range(sum(piece.length for piece in pieces))
+            here = slice(pieces[0].first, pieces[0].first + len(rows))
+            self._streams(len(rows))[:] = x_TND[here]
+            parts.append(self._follow(pieces, rows, ids[here], rows))
+        return torch.cat(parts)
 
     def site(self, layer: int, name: str, x_TD: Tensor, ids_T: Tensor) -> Tensor:
         """One layer's "attention" or "experts" alone on given BF16 inputs of a fresh sequence, FP32 [T, d]."""
         begin, end = self._jobs.sites[layer, name]
         assert len(ids_T) <= self.max_rows
-        pieces = [_Piece(self.new_state(), 0, len(ids_T), True)]  # held: the jobs write into its memory
-        rows = self._prepare(pieces, ids_T.numpy())
-        self._team.run(self._jobs.table[:2], 2, self._step)  # angles and embedding
+        pieces = [_Piece(self.new_state(), 0, len(ids_T), 0, 0)]  # held: the jobs write into its memory
+        rows, _ = self._begin(pieces, ids_T.numpy())
+        self._run(0, 2)  # angles and embedding
         space, d = self._jobs.space, self.shapes.hidden
         space["input"].rows(rows, d // 2)[:] = x_TD.to(torch.bfloat16).contiguous().view(torch.float32)
-        self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+        self._run(begin, end)
         if name == "attention":
             return space["site_value"].rows(rows, d).clone()
         maps = space["maps"].rows(rows, 32)  # nothing of the streams, all of the output
         maps.zero_()
         maps[:, 4:8] = 1.0
-        self._team.run(self._jobs.table[self._jobs.before_head - 1 :], 1, self._step)
+        self._run(*self._jobs.sites[len(self.config.layers), "sum"])
         return space["streams"].rows(rows, d).clone()
 
-    def _steps(self, lengths: Sequence[int], states: Sequence[CpuState]) -> list[list[_Piece]]:
-        room = self.max_rows
-        if self._indexed:
-            longest = max(state.position + length for state, length in zip(states, lengths, strict=True))
-            room = max(1, min(room, _SCORE_BYTES // (4 * max(longest // CSA_RATIO, 1))))
+    def step_rows(self, longest: int) -> int:
+        """Rows that one step takes when its longest sequence ends at position `longest`."""
+        if not self._indexed:
+            return self.max_rows
+        return max(1, min(self.max_rows, _SCORE_BYTES // (4 * max(longest // CSA_RATIO, 1))))
+
+    def _steps(
+        self, lengths: Sequence[int], states: Sequence[CpuState], starts: Sequence[int], wanted: Sequence[int]
+    ) -> list[list[_Piece]]:
+        room = self.step_rows(max(map(add, starts, lengths)))
         steps: list[list[_Piece]] = [[]]
         left, first = room, 0
-        for state, length in zip(states, lengths, strict=True):
+        for state, start, length, last in zip(states, starts, lengths, wanted, strict=True):
             begun = 0
             while begun < length:
                 if not left:
                     steps.append([])
                     left = room
                 part = min(left, length - begun)
-                steps[-1].append(_Piece(state, first + begun, part, begun + part == length))
+                asked = max(0, min(part, begun + part - (length - last)))
+                steps[-1].append(_Piece(state, start + begun, part, first + begun, asked))
                 begun += part
                 left -= part
             first += length
         return steps
 
-    def _prepare(self, pieces: Sequence[_Piece], ids: np.ndarray) -> int:
+    def _begin(self, pieces: Sequence[_Piece], ids: Ids) -> tuple[int, list[int]]:
+        """Prepare a step of the main layers; returns its rows and those that give logits."""
+        asked: list[int] = []
+        row = 0
+        for piece in pieces:
+            piece.state.extend(piece.start + piece.length)
+            row += piece.length
+            asked += range(row - piece.wanted, row)
+        first = pieces[0].first
+        self._prepare(pieces, ids[first : first + row])
+        for piece in pieces:  # first: a step that an interrupt waits for is finished all the same
+            piece.state.position += piece.length
+        return row, asked
+
+    def _prepare(self, pieces: Sequence[_Piece], ids: Ids) -> int:
         """Fill the step's words and arrays; returns its rows."""
-        ends = [p.state.position + p.length for p in pieces]
+        ends = [p.start + p.length for p in pieces]
         window = [self._window_blocks(p.length) for p in pieces]
         entries = [self._jobs.entry_bytes(end) for end in ends]
         windows = self._windows.reserve(sum(window) * self.shapes.block_bytes)
         unpacked = self._entries.reserve(sum(entries))
-        row = 0
-        for s, piece in enumerate(pieces):
-            start = piece.state.position
-            assert piece.state.places is self.places, "a state of another model"
-            piece.state.extend(ends[s])
-            here = slice(row, row + piece.length)
-            self._arrays["ids"][here] = ids[piece.first : piece.first + piece.length]
-            self._arrays["positions"][here] = np.arange(start, ends[s]) if piece.length > 1 else start
-            self._arrays["span_of"][here] = s
-            self._spans[s] = (
-                start, piece.length, row, piece.state.home_address, piece.state.table_address,
-                windows if window[s] else 0, window[s], unpacked,
-            )  # fmt: skip
+        positions: list[int] = []
+        span_of: list[int] = []
+        spans = []
+        for s, (state, start, length, _, _) in enumerate(pieces):
+            assert state.places is self.places, "a state of another model"
+            spans.append((
+                start, length, len(positions), state.home_address, state.table_address, windows if window[s] else 0,
+                window[s], unpacked,
+            ))  # fmt: skip
+            positions += range(start, ends[s])
+            span_of += [s] * length
             windows += window[s] * self.shapes.block_bytes
             unpacked += entries[s]
-            row += piece.length
+        row = len(positions)
+        for name, values in (("ids", ids), ("positions", positions), ("span_of", span_of)):
+            self._arrays[name][:row] = values
+        self._spans[: len(spans)] = spans
         self._set("rows", row)
         self._set("spans", len(pieces))
         self._jobs.plain_group[3] = row
@@ -197,20 +238,32 @@ class CpuRunner:
         self._jobs.set_scores(self._scores, row, max(ends))
         return row
 
+    def _logits(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._jobs.logits_width)
+
+    def _streams(self, rows: int) -> Tensor:
+        """The first rows' streams [rows, N, d], where they lie."""
+        n, d = self.shapes.streams, self.shapes.hidden
+        return self._jobs.space["streams"].rows(rows, n * d).view(rows, n, d)
+
+    def _run(self, begin: int, end: int) -> None:
+        self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+
+    def _taps(self, rows: int) -> list[Tensor]:
+        width = len(self.config.dspark_target_layer_ids) * self.shapes.hidden
+        return [self._jobs.space["taps"].rows(rows, width).clone()] if width else []
+
+    def _run_head(self, part: Part, wanted: Sequence[int], logits: Tensor) -> None:
+        """Run the jobs of a part, with the logits of its rows `wanted`."""
+        self._arrays["wanted"][: len(wanted)] = wanted
+        self._set("wanted_rows", len(wanted))
+        self._jobs.head_group[3] = len(wanted)
+        self._jobs.set("logits", address(logits))
+        self._run(part.begin, part.end if wanted else part.streams)
+
     def _window_blocks(self, length: int) -> int:
         """Key blocks for the window of a span too long for the ring."""
         return 0 if length <= KEYS else (self.shapes.window + length) // KEYS + 2
 
     def _set(self, name: str, value: int) -> None:
         self._step[STEP.index(name)] = value
-
-
-def _advance(pieces: Sequence[_Piece]) -> None:
-    for piece in pieces:
-        piece.state.position += piece.length
-
-
-def _wanted_rows(pieces: Sequence[_Piece], last_only: bool) -> list[int]:
-    """Rows of a step whose logits are asked for."""
-    ends = list(accumulate(p.length for p in pieces))
-    return [end - 1 for end, p in zip(ends, pieces, strict=True) if p.ends] if last_only else list(range(ends[-1]))

@@ -55,15 +55,23 @@ class Plan:
 
 
 def plan_packing(config: ModelConfig, lookup: Lookup) -> Plan:
-    """Every matrix of the main layers and the head."""
+    """Every matrix of the main layers, the head and an MTP block."""
     plan = Plan({}, [])
     for i, layer in enumerate(config.layers):
-        for name, parts in _layer_matrices(config, layer, f"layers.{i}.", lookup):
-            _add(plan, name, parts)
-        _add_experts(plan, f"layers.{i}.ffn.experts", lookup)
-        _add_pair(plan, f"layers.{i}.ffn.shared", lookup)
+        _add_layer(plan, config, layer, f"layers.{i}.", lookup)
     _add(plan, "head", [lookup("head")])
+    if config.draft == "mtp":
+        _add_layer(plan, config, config.draft_layers[0], "draft.0.", lookup)
+        for name in ("draft.0.e_proj", "draft.0.h_proj"):
+            _add(plan, name, [lookup(name)])
     return plan
+
+
+def _add_layer(plan: Plan, config: ModelConfig, layer: LayerSpec, at: str, lookup: Lookup) -> None:
+    for name, parts in _layer_matrices(config, layer, at, lookup):
+        _add(plan, name, parts)
+    _add_experts(plan, f"{at}ffn.experts", lookup)
+    _add_pair(plan, f"{at}ffn.shared", lookup)
 
 
 def _layer_matrices(
