@@ -106,9 +106,10 @@ def load_model(
     unfilled = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not unfilled, f"parameters without a tensor: {unfilled[:3]}"
     _sources[model] = checkpoint
+    model.identity = checkpoint.identity()
     if kernels == "runner":
         try:
-            model.runner = build_runner(model, checkpoint.identity())
+            model.runner = build_runner(model, model.identity)
         except PackError as error:
             if backend == "cpu":
                 raise _without_kernels(error) from error

@@ -67,10 +67,11 @@ class PagePool:
         return twin
 
     def _cut(self) -> list[Tensor]:
-        slab = torch.empty(self._per_slab * self._stride + _PADDING + _LINE, dtype=torch.uint8, device=self._device)
-        first = -slab.data_ptr() % _LINE
-        places = range(first, first + self._per_slab * self._stride, self._stride)
-        return [slab[place : place + self.page_bytes] for place in reversed(places)]
+        with torch.inference_mode(False):  # or nothing outside that mode could write to its pages
+            slab = torch.empty(self._per_slab * self._stride + _PADDING + _LINE, dtype=torch.uint8, device=self._device)
+            first = -slab.data_ptr() % _LINE
+            places = range(first, first + self._per_slab * self._stride, self._stride)
+            return [slab[place : place + self.page_bytes] for place in reversed(places)]
 
     def _give_back(self, slab: int, content: Tensor) -> None:
         self.live -= 1

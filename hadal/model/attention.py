@@ -6,6 +6,7 @@ Source: report 2.3, spec architecture 2.2-2.8.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels import Attended, IndexerLoss, IndexQuery, KernelTable, Numerics
+from hadal.kernels.stored import StoredRows
 from hadal.model.compress import Compressor
-from hadal.model.spans import Batch, Span
-from hadal.model.state import LayerState, Tail
+from hadal.model.spans import Batch, BlockPlan, Span
+from hadal.model.state import LayerState
 
 
 @dataclass
@@ -46,12 +48,9 @@ class Indexer(nn.Module):
         q = self._ops.encode_index(self._ops.rotate(q.view(-1, heads, dim), *rope_TR), self._num)
         weight = self._ops.linear(x_TD, self.weights_proj, self._num, quantise_input=False) * (dim**-0.5 * heads**-0.5)
         new, plan = self.compressor(x_TD, batch, [s.index_tail if s else None for s in states])
-        keys = list(self._ops.encode_index(new, self._num).split(plan.count))
-        for i, state in enumerate(states):
-            if state is not None:
-                assert state.index_keys is not None
-                state.index_keys.append(keys[i])
-                keys[i] = state.index_keys.rows
+        keys = _stored(
+            self._ops.encode_index(new, self._num), batch, plan, [s.index_keys if s else None for s in states]
+        )
         lengths = [span.length for span in batch.spans]
         parts = zip(q.split(lengths), weight.split(lengths), keys, strict=True)
         return [IndexQuery(*part, self._config.index_topk) for part in parts]
@@ -149,25 +148,30 @@ class Attention(nn.Module):
         queries: list[IndexQuery] = self.indexer(x_TD.detach(), qr_TQ.detach(), rope_TR, batch, states)
         return [replace(q, topk=q.keys_CD.shape[0]) for q in queries] if dense else queries
 
-    def _entries(self, x_TD: Tensor, batch: Batch, states: list[LayerState | None]) -> list[Tensor] | None:
+    def _entries(
+        self, x_TD: Tensor, batch: Batch, states: list[LayerState | None]
+    ) -> Sequence[Tensor | StoredRows] | None:
         if self.compressor is None:
             return None
-        tails: list[Tail | None] = [s.tail if s else None for s in states]
-        new, plan = self.compressor(x_TD, batch, tails)
-        split = list(self._quantise_kv(new).split(plan.count))
-        for i, state in enumerate(states):
-            if state is not None:
-                assert state.entries is not None
-                state.entries.append(split[i])
-                split[i] = state.entries.rows
-        return split
+        new, plan = self.compressor(x_TD, batch, [s.tail if s else None for s in states])
+        return _stored(self._quantise_kv(new), batch, plan, [s.entries if s else None for s in states])
 
     def _window(self, kv_TD: Tensor, span: Span, state: LayerState | None) -> tuple[Tensor, int]:
         """Window rows [history | span] of one span, and how many of them are history."""
         if state is None:
             return kv_TD, 0
-        history = state.window_KD.shape[0]
-        rows = torch.cat((state.window_KD, kv_TD)) if history else kv_TD
-        keep = min(span.end, self._config.sliding_window - 1)
-        state.window_KD = rows[rows.shape[0] - keep :].clone()
+        history = min(span.start, self._config.sliding_window - 1)
+        rows = torch.cat((*state.window.read(span.start, history), kv_TD)) if history else kv_TD
+        state.window.write(span.end, kv_TD)
         return rows, history
+
+
+def _stored(
+    new_BD: Tensor, batch: Batch, plan: BlockPlan, shelves: Sequence[Callable[[int], StoredRows] | None]
+) -> Sequence[Tensor | StoredRows]:
+    """Per span its newly completed rows, behind those its state has stored if it has one."""
+    parts = new_BD.split(plan.count)
+    return [
+        part if shelf is None else shelf(span.start).append(part)
+        for span, part, shelf in zip(batch.spans, parts, shelves, strict=True)
+    ]

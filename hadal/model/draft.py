@@ -70,8 +70,7 @@ class DsparkStage(Block):
         """Append the KV of committed positions to each sequence's window of at most `sliding_window` entries."""
         kv = self.attn.window_kv(main_TD, self.attn.rotary(batch))
         for span, state in zip(batch.spans, states, strict=True):
-            rows = torch.cat((state.window_KD, kv[span.row : span.row + span.length]))
-            state.window_KD = rows[-self._window :].clone()
+            state.window.write(span.end, kv[span.row : span.row + span.length])
 
     def draft(self, x_QND: Tensor, token_ids_Q: Tensor, position: int, state: LayerState) -> Tensor:
         """Advance the draft block's streams; its tokens stand at `position` and after and all see each other."""
@@ -80,8 +79,9 @@ class DsparkStage(Block):
 
         def attention(y_QD: Tensor) -> Tensor:
             _, q = self.attn.queries(y_QD, rope)
-            window = torch.cat((state.window_KD, self.attn.window_kv(y_QD, rope)))
-            keys = Attended(window, None, position, len(state.window_KD), self._window, 0, full_block=True)
+            history = min(position, self._window)
+            window = torch.cat((*state.window.read(position, history), self.attn.window_kv(y_QD, rope)))
+            keys = Attended(window, None, position, history, self._window, 0, full_block=True)
             return self.attn.project_out(self.attn.attend(q, keys), rope)
 
         return self.feed_forward(self.attend(x_QND, attention), token_ids_Q)[0]

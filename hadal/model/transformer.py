@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 from weakref import ref
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from hadal.config import ModelConfig
 from hadal.kernels import IndexerLoss, KernelTable, Numerics, kernel_table
+from hadal.kernels.pages import Page, PagePool
 from hadal.model.attention import TrainingTrace
 from hadal.model.block import Block
 from hadal.model.draft import DsparkStage, MtpBlock
@@ -29,7 +32,7 @@ from hadal.model.initial import init_weights
 from hadal.model.mhc import StreamCollapse
 from hadal.model.moe import Routing
 from hadal.model.spans import Batch
-from hadal.model.state import SequenceState, fresh_draft, fresh_state
+from hadal.model.state import SequenceState, StatePlan, fresh_draft, fresh_state, plan_state, restore_state, state_key
 
 if TYPE_CHECKING:
     from hadal.kernels.cpu.runner import CpuRunner
@@ -84,6 +87,7 @@ class Model(nn.Module):
         self.ops = ops = kernel_table(backend)
         self.runner: CpuRunner | None = None  # computes main layers, head and MTP block in place of the modules
         self.fed: Fed | None = None
+        self.identity = uuid4().hex  # of the weights; a loader names those of a checkpoint
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, num, ops) for layer in config.layers)
         self.hc_head = StreamCollapse(config, ops)
@@ -122,10 +126,43 @@ class Model(nn.Module):
     def new_state(self) -> SequenceState:
         """The state of a sequence before its first token."""
         if self.runner is None:
-            return fresh_state(self.config, self.numerics.dtype, self.device)
-        state: Any = self.runner.new_state()
+            return fresh_state(self._state_plan, self.pool, self.device)
+        return self._with_draft(self.runner.new_state())
+
+    def restore_state(self, home: bytes, pages: Sequence[Page]) -> SequenceState:
+        """The state of which `dump` gave `home`, on its full pages and an open one that is nobody else's."""
+        if self.runner is None:
+            return restore_state(self._state_plan, self.pool, self.device, home, pages)
+        return self._with_draft(self.runner.restore_state(home, pages))
+
+    @property
+    def pool(self) -> PagePool:
+        """Where the pages of its states come from."""
+        return self._pool if self.runner is None else self.runner.pool
+
+    @property
+    def home_bytes(self) -> int:
+        """Bytes of a state besides its pages."""
+        return self._state_plan.home_bytes if self.runner is None else self.runner.places.home_bytes
+
+    @cached_property
+    def state_key(self) -> str:
+        """Names everything that a state's bytes depend on besides its tokens."""
+        facts = (self.config, self.numerics, self.ops.operators(), self.device.type, self.identity)
+        return state_key(*facts) if self.runner is None else str(cast(Any, self.runner).state_key)
+
+    @cached_property
+    def _state_plan(self) -> StatePlan:
+        return plan_state(self.config, self.numerics)
+
+    @cached_property
+    def _pool(self) -> PagePool:
+        return PagePool(self._state_plan.page_bytes, self.device)
+
+    def _with_draft(self, state: Any) -> SequenceState:
+        """A runner's state with that of the draft blocks which it does not run."""
         if self.config.draft == "dspark":
-            state.draft = fresh_draft(self.config, self.numerics.dtype, self.device)
+            state.draft = fresh_draft(self.config, self.numerics, self.device)
         return cast(SequenceState, state)
 
     @property

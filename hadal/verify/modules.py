@@ -56,15 +56,14 @@ def _check_attention(model: Model, i: int, stored: dict[str, Tensor], group: str
             ATTENTION_LIMIT,
         )
     ]
-    kept = len(layer.window_KD)
-    rows.append(
-        within(group, f"layers.{i} window KV", _relative_rms(layer.window_KD, want("window_kv")[-kept:]), KV_LIMIT)
-    )
-    if layer.entries is not None and f"layers.{i}.compressed_kv" in stored:
-        found = layer.entries.rows
+    kept = model.config.sliding_window
+    found = torch.cat(layer.window.read(len(x), kept))
+    rows.append(within(group, f"layers.{i} window KV", _relative_rms(found, want("window_kv")[-kept:]), KV_LIMIT))
+    if f"layers.{i}.compressed_kv" in stored:
+        found = layer.entries(len(x)).read()
         rows.append(within(group, f"layers.{i} compressed KV", _relative_rms(found, want("compressed_kv")), KV_LIMIT))
-    if layer.index_keys is not None and f"layers.{i}.indexer_k" in stored:
-        found = layer.index_keys.rows
+    if f"layers.{i}.indexer_k" in stored:
+        found = layer.index_keys(len(x)).read()
         rows.append(within(group, f"layers.{i} index keys", _relative_rms(found, want("indexer_k")), KV_LIMIT))
         rows.append(_check_selection(model, i, want("indexer_scores"), want("indexer_topk"), group))
     return rows

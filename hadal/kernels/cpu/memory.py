@@ -121,7 +121,7 @@ class CpuState:
 
     def nbytes(self) -> int:
         """Bytes held for this sequence, shared pages included."""
-        drafts = sum(p.nbytes if isinstance(p, Tensor) else p.nbytes() for d in self.draft for p in d.parts())
+        drafts = sum(d.nbytes() for d in self.draft)
         return int(self.home.nbytes + len(self.pages) * self.pool.page_bytes + self.table.nbytes + drafts)
 
     def _part(self) -> None:
