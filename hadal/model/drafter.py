@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
-from weakref import ReferenceType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from hadal.kernels.pages import REWIND
+from hadal.model.spans import Batch
+from hadal.model.state import SequenceState
 
 if TYPE_CHECKING:
-    from hadal.model.state import LayerState, SequenceState
     from hadal.model.transformer import Model
 
 LEAST_SURVIVAL = 0.5  # a DSpark draft ends where the chance that all of it is accepted falls below this
@@ -52,17 +53,18 @@ class Drafter(Protocol):
         """Remember the rows kept and draft up to `depth` tokens for each span."""
 
 
-@dataclass(frozen=True)
 class Fed:
-    """What the last advance left for the drafter: per span its state, first position and first row, and the rows.
+    """What the last advance left for the drafter."""
 
-    `rows` are streams [T, N, d] or taps [T, taps*d]; None where a runner has kept them itself.
-    """
+    def keep(
+        self, states: Sequence[SequenceState], starts: list[int], lengths: Sequence[int], rows: Tensor | None
+    ) -> None:
+        """Per span its state, first position and length; `rows` are streams [T, N, d] or taps [T, taps*d].
 
-    states: list[ReferenceType[SequenceState]]  # weak, so that the pages of a sequence that ends are free at once
-    starts: list[int]
-    firsts: list[int]
-    rows: Tensor | None
+        They are None where a runner keeps them itself.
+        """
+        self.states = [ref(state) for state in states]  # weak: the pages of a sequence that ends are free at once
+        self.starts, self.firsts, self.rows = starts, list(accumulate(lengths, initial=0)), rows
 
     def kept(self, spans: Sequence[DraftSpan]) -> tuple[list[SequenceState], list[int]]:
         """The spans' states, and all rows that are to be remembered."""
@@ -86,18 +88,17 @@ class MtpDrafter:
 
     def draft(self, spans: Sequence[DraftSpan], choose: Choose) -> list[list[int]]:
         """Draft `depth` tokens for each span; the first pass holds all rows kept, each further one a row per span."""
-        fed = _fed(self._model)
+        fed = self._model.fed
         drafts: list[list[int]] = [[] for _ in spans]
         states, sources = fed.kept(spans)
         lengths = [len(s.next_ids) for s in spans]
         starts = [fed.starts[s.span] + s.rows - len(s.next_ids) for s in spans]
         ids = [token for s in spans for token in s.next_ids]
         going = list(range(len(spans)))
-        windows: list[tuple[SequenceState, list[LayerState]]] = []
         for ahead in range(max(1, *(s.depth for s in spans))):
             last = [end - 1 for end in accumulate(lengths)]
             asked = [i for i, g in enumerate(going) if spans[g].depth > ahead]
-            logits = self._model.follow_mtp(states, starts, lengths, sources, ids, [last[i] for i in asked])
+            logits = self._follow(states, starts, lengths, sources, ids, [last[i] for i in asked])
             if asked:
                 chosen = choose(logits, [spans[going[i]].span for i in asked], ahead)
                 for i, token in zip(asked, chosen, strict=True):
@@ -107,11 +108,25 @@ class MtpDrafter:
             ids, sources = [drafts[going[i]][-1] for i in on], [last[i] for i in on]
             states, starts, lengths = [states[i] for i in on], [starts[i] + lengths[i] for i in on], [1] * len(on)
             going = [going[i] for i in on]
-            if not ahead:
-                windows = [(state, [part.clone() for part in state.draft]) for state in states]
-        for state, before in windows:
-            state.draft = before  # what a draft leaves behind may be rejected; a runner's ring takes it back later
         return drafts
+
+    @torch.no_grad()
+    def _follow(
+        self, states: Sequence[SequenceState], starts: Sequence[int], lengths: Sequence[int], sources: list[int],
+        ids: list[int], wanted: list[int],
+    ) -> Tensor:  # fmt: skip
+        """One pass of the block: logits [W, V] of the rows `wanted`.
+
+        Span s holds `lengths[s]` rows from position `starts[s]` on; row i takes the streams of row `sources[i]` of the
+        last pass, of the main layers or of this block, and the token `ids[i]` that follows it.
+        """
+        model = self._model
+        if model.runner is not None:
+            return model.runner.follow(cast(Any, states), starts, lengths, sources, ids, wanted)
+        assert model.fed.rows is not None
+        batch = Batch.at(starts, lengths, states, model.device)
+        model.fed.rows, logits = model.mtp_pass(model.fed.rows[sources], ids, batch, wanted)
+        return logits
 
 
 class DsparkDrafter:
@@ -124,7 +139,8 @@ class DsparkDrafter:
     @torch.no_grad()
     def draft(self, spans: Sequence[DraftSpan], choose: Choose) -> list[list[int]]:
         """Draft at most `depth` tokens for each span, fewer where the confidence head doubts that they survive."""
-        fed, model = _fed(self._model), self._model
+        model = self._model
+        fed = model.fed
         states, rows = fed.kept(spans)
         for s, state in zip(spans, states, strict=True):
             assert state.position == fed.starts[s.span] + s.rows
@@ -151,8 +167,3 @@ class DsparkDrafter:
                 drafts[i].append(token)
                 tokens[i] = torch.tensor(token, device=model.device)
         return drafts
-
-
-def _fed(model: Model) -> Fed:
-    assert model.fed is not None, "nothing was fed since the last draft"
-    return model.fed

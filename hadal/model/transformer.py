@@ -10,12 +10,11 @@ Legend: T packed tokens, S sequences, N streams, d hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
-from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +36,7 @@ from hadal.model.state import SequenceState, StatePlan, fresh_draft, fresh_state
 if TYPE_CHECKING:
     from hadal.kernels.cpu.runner import CpuRunner
 
+Ids = Tensor | Sequence[int]
 _STEP_ROWS = 2048  # of plain torch
 
 
@@ -86,7 +86,7 @@ class Model(nn.Module):
         self.numerics = num = numerics or Numerics()
         self.ops = ops = kernel_table(backend)
         self.runner: CpuRunner | None = None  # computes main layers, head and MTP block in place of the modules
-        self.fed: Fed | None = None
+        self.fed = Fed()
         self.identity = uuid4().hex  # of the weights; a loader names those of a checkpoint
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, num, ops) for layer in config.layers)
@@ -176,18 +176,14 @@ class Model(nn.Module):
         return self.runner.step_rows(longest) if self.runner is not None else _STEP_ROWS
 
     @torch.no_grad()
-    def logits(self, token_ids: Tensor | Sequence[int], state: SequenceState | None = None) -> Tensor:
+    def logits(self, token_ids: Ids, state: SequenceState | None = None) -> Tensor:
         """Logits [T, V] in FP32 after each of the given tokens, which continue `state` (a fresh one by default)."""
         ids = self._ids(token_ids)
         return self.logits_ragged(ids, [len(ids)], [state or self.new_state()], last_only=False)
 
     @torch.no_grad()
     def logits_ragged(
-        self,
-        token_ids_T: Tensor | Sequence[int],
-        lengths: Sequence[int],
-        states: Sequence[SequenceState],
-        last_only: bool = True,
+        self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState], last_only: bool = True
     ) -> Tensor:
         """Continue S sequences by `lengths` tokens each, packed end to end; states advance.
 
@@ -197,11 +193,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def advance(
-        self,
-        token_ids_T: Tensor | Sequence[int],
-        lengths: Sequence[int],
-        states: Sequence[SequenceState],
-        wanted: Sequence[int],
+        self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState], wanted: Sequence[int]
     ) -> Tensor:
         """As `logits_ragged`, but with FP32 logits [sum(wanted), V] after the last `wanted[s]` tokens of each sequence.
 
@@ -210,21 +202,17 @@ class Model(nn.Module):
         starts = [state.position for state in states]
         logits, rows = self._advance(token_ids_T, lengths, states, wanted)
         if self.config.draft != "none":
-            self.fed = Fed([ref(state) for state in states], starts, list(accumulate(lengths, initial=0)), rows)
+            self.fed.keep(states, starts, lengths, rows)
         return logits
 
     def _advance(
-        self,
-        token_ids_T: Tensor | Sequence[int],
-        lengths: Sequence[int],
-        states: Sequence[SequenceState],
-        wanted: Sequence[int],
+        self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState], wanted: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """The wanted logits, and the rows that a drafter reads: taps or, without a runner, streams."""
         if self.runner is not None:
             ids = self._ids(token_ids_T)
             _check_lengths(ids, lengths, states)
-            return self.runner.advance(ids.numpy(), lengths, cast(Any, states), wanted)
+            return self.runner.advance(ids, lengths, cast(Any, states), wanted)
         x, means = self.streams(token_ids_T, lengths, states)
         ends = accumulate(lengths)
         rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
@@ -232,15 +220,15 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def streams(
-        self, token_ids_T: Tensor | Sequence[int], lengths: Sequence[int], states: Sequence[SequenceState]
+        self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState]
     ) -> tuple[Tensor, Tensor | None]:
         """As `logits_ragged`, but returns the streams [T, N, d] before the head and any DSpark taps [T, taps*d]."""
         ids = self._ids(token_ids_T)
         _check_lengths(ids, lengths, states)
         if self.runner is not None:
-            return self.runner.streams(ids.numpy(), lengths, cast(Any, states))
+            return self.runner.streams(ids, lengths, cast(Any, states))
         batch = Batch.from_states(lengths, states, self.device)
-        x, _, taps = self._run(ids, batch, list(states), None)
+        x, _, taps = self._run(self._tensor(ids), batch, list(states), None)
         for state, length in zip(states, lengths, strict=True):
             state.position += length
         return x, taps
@@ -260,32 +248,16 @@ class Model(nn.Module):
         """
         ids = self._ids(next_ids_T)
         if self.runner is not None:
-            return self.runner.mtp_logits(x_TND, ids.numpy(), lengths, cast(Any, states))
-        block = self.mtp_block
-        x, _ = self._mtp(x_TND, ids, self._follow(lengths, states), None)
-        return self._head(self._hidden(x, block.hc_head, block.norm))
+            return self.runner.mtp_logits(x_TND, ids, lengths, cast(Any, states))
+        return self.mtp_pass(x_TND, ids, self._follow(lengths, states), range(len(ids)))[1]
 
     @torch.no_grad()
-    def follow_mtp(
-        self,
-        states: Sequence[SequenceState],
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        sources: list[int],
-        ids: list[int],
-        wanted: list[int],
-    ) -> Tensor:
-        """One pass of the MTP block for its drafter: logits [W, V] of the rows `wanted`.
-
-        Span s holds `lengths[s]` rows from position `starts[s]` on; row i takes the streams of row `sources[i]` of the
-        last pass, of the main layers or of this block, and the token `ids[i]` that follows it.
-        """
-        if self.runner is not None:
-            return self.runner.follow(cast(Any, states), starts, lengths, sources, ids, wanted)
-        assert self.fed is not None and self.fed.rows is not None
-        x, _ = self._mtp(self.fed.rows[sources], self._ids(ids), Batch.at(starts, lengths, states, self.device), None)
-        self.fed = replace(self.fed, rows=x)
-        return self._head(self._hidden(x[wanted], self.mtp_block.hc_head, self.mtp_block.norm))
+    def mtp_pass(
+        self, x_TND: Tensor, next_ids: list[int], batch: Batch, wanted: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The MTP block's streams [T, N, d], from which it drafts on, and the logits [W, V] of its rows `wanted`."""
+        x, _ = self._mtp(x_TND, self._tensor(next_ids), batch, None)
+        return x, self._head(self._hidden(x[wanted], self.mtp_block.hc_head, self.mtp_block.norm))
 
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:
@@ -319,7 +291,7 @@ class Model(nn.Module):
 
         `cu_seqlens` are the documents' borders (0 first, T last). `dense` lets CSA layers attend to every entry.
         """
-        ids = self._ids(token_ids_T)
+        ids = self._tensor(self._ids(token_ids_T))
         if list(cu_seqlens[:1]) != [0] or cu_seqlens[-1] != len(ids) or sorted(set(cu_seqlens)) != list(cu_seqlens):
             raise InputError(f"cu_seqlens must rise from 0 to {len(ids)}; got {list(cu_seqlens)[:8]}")
         batch = Batch.from_documents(cu_seqlens, self.device)
@@ -378,22 +350,28 @@ class Model(nn.Module):
         out: Tensor = self.ops.linear_f32(hidden_TD, self.head)
         return out
 
-    def _ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        ids = torch.as_tensor(token_ids, device=self.device)
-        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
-            raise InputError(
-                f"token ids must be a non-empty list of integers, not {ids.dtype} of shape {list(ids.shape)}"
-            )
-        ids = ids.long()
-        low, high = int(ids.min()), int(ids.max())
+    def _ids(self, token_ids: Ids) -> list[int]:
+        """Checked token ids; as a list, because a few tensor operations cost a small model a tenth of its step."""
+        ids = token_ids
+        if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+            given = torch.as_tensor(ids)
+            if given.dim() != 1 or not len(given) or given.is_floating_point():
+                raise InputError(
+                    f"token ids must be a non-empty list of integers, not {given.dtype} of shape {list(given.shape)}"
+                )
+            ids = given.tolist()
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(
                 f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}"
             )
         return ids
 
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, device=self.device)
 
-def _check_lengths(ids: Tensor, lengths: Sequence[int], states: Sequence[object]) -> None:
+
+def _check_lengths(ids: list[int], lengths: Sequence[int], states: Sequence[object]) -> None:
     if len(lengths) != len(states) or sum(lengths) != len(ids) or min(lengths, default=0) < 1:
         raise InputError(f"lengths {list(lengths)} do not divide {len(ids)} tokens among {len(states)} sequences")
     if len({id(state) for state in states}) < len(states):

@@ -5,14 +5,13 @@ Legend: N residual streams, d hidden. Source: spec architecture 5.1.
 
 from __future__ import annotations
 
-from hadal.kernels.cpu.ir import F32, I16, I64, vec
+from hadal.kernels.cpu.ir import F32, I16, vec
 from hadal.kernels.cpu.layout import Shapes
 from hadal.kernels.cpu.numbers import widen_bf16
-from hadal.kernels.cpu.program import WORD, KernelModule
+from hadal.kernels.cpu.program import KernelModule
 from hadal.kernels.cpu.rows import normed_row, sum_squares
 
-# `sources` are int64, one per row: the row of the last pass whose streams it follows.
-INPUTS = "sources streams stream_stride hnorm out out_stride table enorm embedded embedded_stride"
+INPUTS = "streams stream_stride hnorm out out_stride table enorm embedded embedded_stride"
 TAP = "streams stream_stride out out_stride"
 JOIN = "streams stream_stride values value_stride embedded embedded_stride"
 _V = vec(16, F32)
@@ -39,8 +38,7 @@ def emit_draft(module: KernelModule, shapes: Shapes) -> None:
         f = k.f
         wide = f.scratch(line)
         for row in k.share(k.step("rows")):
-            place = f.load(I64, k.ptr("sources"), row * WORD)
-            source = f.at(k.ptr("streams"), place * k.arg("stream_stride"))
+            source = f.at(k.ptr("streams"), k.row("sources", row) * k.arg("stream_stride"))
             for n in f.range(shapes.streams):
                 stream = f.at(source, n * line)
                 out = f.at(k.ptr("out"), (row * shapes.streams + n) * k.arg("out_stride"))

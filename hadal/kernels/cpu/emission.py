@@ -21,7 +21,7 @@ def compiled_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> tuple[dict[str, li
     """The words of each kernel's jobs, and the compiled kernels."""
     needed = sorted({(m.form, epilogue_of(m.name)) for m in plan.matrices.values()})
     parts = sorted({part for part in (".compressor", ".indexer.", ".h_proj") for name in plan.matrices if part in name})
-    key = hashlib.sha256(f"{_sources()}{isa}{shapes}{needed}{parts}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{source_digest()}{isa}{shapes}{needed}{parts}".encode()).hexdigest()[:32]
     place = cache_folder() / "kernels" / f"{key}.json"
     words = kept(place)
     if words is not None and Library.kept(key):
@@ -32,7 +32,8 @@ def compiled_kernels(isa: Isa, shapes: Shapes, plan: Plan) -> tuple[dict[str, li
 
 
 @cache
-def _sources() -> str:
+def source_digest() -> str:
+    """Changes whenever a kernel may compute something else."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

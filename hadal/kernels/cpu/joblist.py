@@ -71,7 +71,6 @@ class JobList:
         self.sites: dict[tuple[int, str], tuple[int, int]] = {}  # jobs from a site's input to its output
         self.main = self.draft = Part(0, 0, 0)
         self.logits_width = 0
-        self.sources = np.zeros(max_rows, np.int64)  # per row of the MTP block: whose streams it follows
         self._expander_bytes = 0
         self._held: list[Any] = []
         self._jobs: list[tuple[str, np.ndarray, bool]] = []

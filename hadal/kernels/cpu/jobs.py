@@ -298,10 +298,9 @@ class _Builder:
         normed, embedded = jobs.rows("normed_streams", d * 2, count), jobs.rows("next_embedding", d * 2)
         self._angles()
         jobs.add(
-            "draft_inputs", sources=address(jobs.sources), streams=streams.address, stream_stride=streams.stride,
-            hnorm=self.constant(f"{at}hnorm"), out=normed.address, out_stride=normed.stride,
-            table=self.table.data_ptr(), enorm=self.constant(f"{at}enorm"), embedded=embedded.address,
-            embedded_stride=embedded.stride,
+            "draft_inputs", streams=streams.address, stream_stride=streams.stride, hnorm=self.constant(f"{at}hnorm"),
+            out=normed.address, out_stride=normed.stride, table=self.table.data_ptr(),
+            enorm=self.constant(f"{at}enorm"), embedded=embedded.address, embedded_stride=embedded.stride,
         )  # fmt: skip
         token = self.output("embedding_value", f"{at}e_proj")
         values = jobs.rows("stream_values", self.plan.matrices[f"{at}h_proj"].panels * 128, count)

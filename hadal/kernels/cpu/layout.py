@@ -33,7 +33,7 @@ STEP = [
     "angles",  # per row and regime (0 plain, 1 scaled): R/2 cos, then R/2 sin, FP32
     "wanted",  # row array: rows whose logits are wanted
     "wanted_rows",  # how many
-    "logits",  # FP32 [wanted rows, vocabulary]
+    "sources",  # row array, for the MTP block alone: the row of the last pass whose streams a row follows
 ]
 SPAN = [
     "start",  # position of the first new token

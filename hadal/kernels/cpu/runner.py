@@ -7,19 +7,24 @@ Legend: T packed rows, S sequences, V vocabulary, N streams, d hidden.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import add
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hadal.config import CSA_RATIO, ModelConfig
+from hadal.kernels.cpu.emission import source_digest
 from hadal.kernels.cpu.joblist import JobList, Part
 from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
 from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_weights
+from hadal.kernels.cpu.program import WORD
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
 from hadal.kernels.cpu.weights import Lookup, plan_packing
@@ -28,9 +33,8 @@ from hadal.kernels.pages import Page, PagePool
 MAX_ROWS = 256  # more would push intermediate values out of the second cache
 ROWS_PER_EXPERT = 32  # but an expert's weights are read once per step, and so few rows should share that
 MOST_ROWS = 2048
+_ROW_ARRAYS = 5
 _SCORE_BYTES = 1 << 26  # index scores held at once: behind long contexts a step takes fewer rows
-
-Ids = Sequence[int] | np.ndarray
 
 
 class _Piece(NamedTuple):
@@ -57,6 +61,8 @@ class CpuRunner:
         self.shapes = Shapes.of(config)
         self.places = place_layers(config, self.shapes)
         self.pool = PagePool(self.places.page_bytes)
+        facts = f"{identity or uuid4()};{isa};{self.places};{source_digest()}"
+        self.state_key = hashlib.sha256(facts.encode()).hexdigest()  # all that a state's bytes depend on but the tokens
         wanted = ROWS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
         self.max_rows = min(max(wanted, MAX_ROWS), MOST_ROWS)
         plan = plan_packing(config, lookup)
@@ -65,13 +71,10 @@ class CpuRunner:
         self._jobs: JobList = build_jobs(
             config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, self.max_rows
         )
-        self._arrays = {name: np.zeros(self.max_rows, np.int64) for name in ("ids", "positions", "span_of", "wanted")}
-        self._spans = np.zeros((self.max_rows, len(SPAN)), np.int64)
+        self._words = np.zeros(self.max_rows * (_ROW_ARRAYS + len(SPAN)), np.int64)
+        self._words_address = address(self._words)
         self._step = np.zeros(len(STEP), np.int64)
-        for name, array in self._arrays.items():
-            self._set(name, address(array))
-        self._set("span_table", address(self._spans))
-        self._set("angles", self._jobs.space["angles"].address)
+        self._angles = self._jobs.space["angles"].address
         self._indexed = any(layer.attention == "csa" for layer in config.layers)
         self._windows, self._entries, self._scores, self._threads = Scratch(), Scratch(), Scratch(), Scratch()
 
@@ -88,7 +91,7 @@ class CpuRunner:
         return state
 
     def advance(
-        self, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState], wanted: Sequence[int]
+        self, ids: Sequence[int], lengths: Sequence[int], states: Sequence[CpuState], wanted: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """FP32 logits [sum(wanted), V] after each sequence's last `wanted` tokens; states advance.
 
@@ -98,12 +101,14 @@ class CpuRunner:
         taps: list[Tensor] = []
         for pieces in self._steps(lengths, states, [state.position for state in states], wanted):
             rows, asked = self._begin(pieces, ids)
-            self._run_head(self._jobs.main, asked, logits[filled:])
+            self._run_head(self._jobs.main, asked, logits[filled:] if filled else logits)
             filled += len(asked)
             taps += self._taps(rows)
-        return logits[:, : self.config.vocab_size], torch.cat(taps) if taps else None
+        return self._cut(logits), torch.cat(taps) if taps else None
 
-    def streams(self, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState]) -> tuple[Tensor, Tensor | None]:
+    def streams(
+        self, ids: Sequence[int], lengths: Sequence[int], states: Sequence[CpuState]
+    ) -> tuple[Tensor, Tensor | None]:
         """The residual streams [T, N, d] after the last layer, and the taps as from `advance`."""
         streams: list[Tensor] = []
         taps: list[Tensor] = []
@@ -116,7 +121,7 @@ class CpuRunner:
 
     def follow(
         self, states: Sequence[CpuState], starts: Sequence[int], lengths: Sequence[int], sources: Sequence[int],
-        ids: Ids, wanted: Sequence[int],
+        ids: Sequence[int], wanted: Sequence[int],
     ) -> Tensor:  # fmt: skip
         """FP32 logits [W, V] of the rows `wanted` of a pass of the MTP block, whose streams replace the last pass's.
 
@@ -126,15 +131,18 @@ class CpuRunner:
         pieces = [_Piece(*piece, 0, 0) for piece in zip(states, starts, lengths, strict=True)]
         return self._follow(pieces, sources, ids, wanted)
 
-    def _follow(self, pieces: Sequence[_Piece], sources: Sequence[int], ids: Ids, wanted: Sequence[int]) -> Tensor:
-        rows = self._prepare(pieces, ids)
-        self._jobs.sources[:rows] = sources
-        self._jobs.stream_group[3] = rows * self.shapes.streams
+    def _follow(
+        self, pieces: Sequence[_Piece], sources: Sequence[int], ids: Sequence[int], wanted: Sequence[int]
+    ) -> Tensor:
+        self._write(pieces, ids, wanted, [0] * len(pieces), sources)
+        self._jobs.stream_group[3] = len(sources) * self.shapes.streams
         logits = self._logits(len(wanted))
         self._run_head(self._jobs.draft, wanted, logits)
-        return logits[:, : self.config.vocab_size]
+        return self._cut(logits)
 
-    def mtp_logits(self, x_TND: Tensor, ids: Ids, lengths: Sequence[int], states: Sequence[CpuState]) -> Tensor:
+    def mtp_logits(
+        self, x_TND: Tensor, ids: Sequence[int], lengths: Sequence[int], states: Sequence[CpuState]
+    ) -> Tensor:
         """MTP logits [T, V] from the streams and next tokens of the last `lengths` positions."""
         starts = [state.position - length for state, length in zip(states, lengths, strict=True)]
         parts = []
@@ -150,7 +158,7 @@ class CpuRunner:
         begin, end = self._jobs.sites[layer, name]
         assert len(ids_T) <= self.max_rows
         pieces = [_Piece(self.new_state(), 0, len(ids_T), 0, 0)]  # held: the jobs write into its memory
-        rows, _ = self._begin(pieces, ids_T.numpy())
+        rows, _ = self._begin(pieces, ids_T.tolist())
         self._run(0, 2)  # angles and embedding
         space, d = self._jobs.space, self.shapes.hidden
         space["input"].rows(rows, d // 2)[:] = x_TD.to(torch.bfloat16).contiguous().view(torch.float32)
@@ -189,57 +197,69 @@ class CpuRunner:
             first += length
         return steps
 
-    def _begin(self, pieces: Sequence[_Piece], ids: Ids) -> tuple[int, list[int]]:
+    def _begin(self, pieces: Sequence[_Piece], ids: Sequence[int]) -> tuple[int, list[int]]:
         """Prepare a step of the main layers; returns its rows and those that give logits."""
         asked: list[int] = []
-        row = 0
+        sizes = []
+        row = longest = 0
         for piece in pieces:
-            piece.state.extend(piece.start + piece.length)
+            end = piece.start + piece.length
+            piece.state.extend(end)
             row += piece.length
             asked += range(row - piece.wanted, row)
-        first = pieces[0].first
-        self._prepare(pieces, ids[first : first + row])
+            sizes.append(self._jobs.entry_bytes(end))
+            longest = max(longest, end)
+        first, unpacked = pieces[0].first, self._entries.reserve(sum(sizes))
+        self._jobs.set_scores(self._scores, row, longest)
+        self._write(pieces, ids[first : first + row], asked, list(accumulate(sizes, initial=unpacked)))
         for piece in pieces:  # first: a step that an interrupt waits for is finished all the same
             piece.state.position += piece.length
         return row, asked
 
-    def _prepare(self, pieces: Sequence[_Piece], ids: Ids) -> int:
-        """Fill the step's words and arrays; returns its rows."""
-        ends = [p.start + p.length for p in pieces]
-        window = [self._window_blocks(p.length) for p in pieces]
-        entries = [self._jobs.entry_bytes(end) for end in ends]
-        windows = self._windows.reserve(sum(window) * self.shapes.block_bytes)
-        unpacked = self._entries.reserve(sum(entries))
+    def _write(
+        self, pieces: Sequence[_Piece], ids: Sequence[int], wanted: Sequence[int], entries: Sequence[int],
+        sources: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Fill the step's words, all at once: each touch of an array costs a small model a hundredth of its step."""
         positions: list[int] = []
         span_of: list[int] = []
-        spans = []
+        spans: list[int] = []
+        blocks = [self._window_blocks(piece.length) for piece in pieces]
+        window, longest = self._windows.reserve(sum(blocks) * self.shapes.block_bytes), 0
         for s, (state, start, length, _, _) in enumerate(pieces):
             assert state.places is self.places, "a state of another model"
-            spans.append((
-                start, length, len(positions), state.home_address, state.table_address, windows if window[s] else 0,
-                window[s], unpacked,
-            ))  # fmt: skip
-            positions += range(start, ends[s])
+            spans += (
+                start, length, len(positions), state.home_address, state.table_address, window if blocks[s] else 0,
+                blocks[s], entries[s],
+            )  # fmt: skip
+            positions += range(start, start + length)
             span_of += [s] * length
-            windows += window[s] * self.shapes.block_bytes
-            unpacked += entries[s]
-        row = len(positions)
-        for name, values in (("ids", ids), ("positions", positions), ("span_of", span_of)):
-            self._arrays[name][:row] = values
-        self._spans[: len(spans)] = spans
-        self._set("rows", row)
-        self._set("spans", len(pieces))
-        self._jobs.plain_group[3] = row
-        self._jobs.output_groups[3::3] = row
-        threads = torch.get_num_threads()
-        each = self._jobs.thread_bytes(max(ends))
-        self._jobs.set("scratch", self._threads.reserve(threads * each))
+            window += blocks[s] * self.shapes.block_bytes
+            longest = max(longest, start + length)
+        rows = len(positions)
+        words = [*ids, *positions, *span_of, *wanted, *sources, *spans]
+        self._words[: len(words)] = words
+        row_words, at = WORD * rows, self._words_address
+        asked, source = at + 3 * row_words, at + 3 * row_words + WORD * len(wanted)
+        span = source + WORD * len(sources)
+        # In the order of STEP.
+        self._step[:] = (
+            rows, len(pieces), at, at + row_words, at + 2 * row_words, span, self._angles, asked, len(wanted), source
+        )  # fmt: skip
+        self._jobs.plain_group[3] = rows
+        self._jobs.output_groups[3::3] = rows
+        self._jobs.head_group[3] = len(wanted)
+        each = self._jobs.thread_bytes(longest)
+        self._jobs.set("scratch", self._threads.reserve(torch.get_num_threads() * each))
         self._jobs.set("scratch_step", each)
-        self._jobs.set_scores(self._scores, row, max(ends))
-        return row
 
     def _logits(self, rows: int) -> Tensor:
         return torch.empty(rows, self._jobs.logits_width)
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        """Without the columns that fill the last panel."""
+        vocabulary = self.config.vocab_size
+        return logits if logits.shape[1] == vocabulary else logits[:, :vocabulary]
 
     def _streams(self, rows: int) -> Tensor:
         """The first rows' streams [rows, N, d], where they lie."""
@@ -254,16 +274,10 @@ class CpuRunner:
         return [self._jobs.space["taps"].rows(rows, width).clone()] if width else []
 
     def _run_head(self, part: Part, wanted: Sequence[int], logits: Tensor) -> None:
-        """Run the jobs of a part, with the logits of its rows `wanted`."""
-        self._arrays["wanted"][: len(wanted)] = wanted
-        self._set("wanted_rows", len(wanted))
-        self._jobs.head_group[3] = len(wanted)
+        """Run the jobs of a part; `logits` receives those of the rows `wanted`."""
         self._jobs.set("logits", address(logits))
         self._run(part.begin, part.end if wanted else part.streams)
 
     def _window_blocks(self, length: int) -> int:
         """Key blocks for the window of a span too long for the ring."""
         return 0 if length <= KEYS else (self.shapes.window + length) // KEYS + 2
-
-    def _set(self, name: str, value: int) -> None:
-        self._step[STEP.index(name)] = value

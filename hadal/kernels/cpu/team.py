@@ -37,10 +37,11 @@ class Team:
         self._lead = self._function("lead", 7)
         self._serve = self._function("serve", 2)
         self._slots: list[np.ndarray] = []
-        self._places = np.zeros(0, np.int64)
+        self._places, self._places_address = np.zeros(0, np.int64), 0
         self._events: list[threading.Event] = []
         self._busy = threading.Lock()
         self._result, self._barrier = np.ones(2, np.int64), _words(_LINE)
+        self._addresses = self._barrier.ctypes.data, self._result.ctypes.data  # numpy takes long to tell one
         self._alone = self._patience = 0  # runs still to be made without helpers, and how many the last lateness cost
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._dismiss)
@@ -62,8 +63,7 @@ class Team:
                 if not slot[0]:
                     event.set()
             self._lead(
-                self._places.ctypes.data, helpers, jobs.ctypes.data, count, step.ctypes.data,
-                self._barrier.ctypes.data, self._result.ctypes.data,
+                self._places_address, helpers, jobs.ctypes.data, count, step.ctypes.data, *self._addresses
             )  # fmt: skip
             if threads is None and self._result[0] > 1:
                 # A core that others need makes every barrier wait for the scheduler; alone the work is done sooner.
@@ -79,6 +79,7 @@ class Team:
         self._slots.append(slot)
         self._events.append(event)
         self._places = np.array([s.ctypes.data for s in self._slots], np.int64)
+        self._places_address = self._places.ctypes.data
 
     def _help(self, slot: np.ndarray, event: threading.Event) -> None:
         while True:
