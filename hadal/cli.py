@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
-import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hadal.llm import LLM
 
 app = typer.Typer(
@@ -40,6 +37,20 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Most tokens of a prompt and its answer; the model's own limit if left out.")
 ]
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size; write for example 8GiB or 500MB")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+def _size(text: str) -> Any:
+    """An option for a number of bytes."""
+    return typer.Option(parser=_bytes, metavar="SIZE", help=text)
+
+
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them, but one fewer to serve.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -79,13 +90,32 @@ def serve(
     mode: Mode = "fast",
     device: Device = "auto",
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that run at once; more wait.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are turned away.")] = 1024,
     max_context: MaxContext = None,
+    cache_memory: Annotated[
+        int | None, _size("Memory for the contexts of requests, running and kept; half of what is free if left out.")
+    ] = None,
+    prefix_folder: Annotated[
+        Path | None, typer.Option(help="Keep contexts in this folder too, so that they outlast a restart.")
+    ] = None,
+    prefix_disk: Annotated[int, _size("Most that this folder may hold.")] = "16GiB",  # type: ignore[assignment]
+    speculation: Annotated[
+        int | None,
+        typer.Option(min=0, help="Most tokens to guess ahead; 0 for none, the draft head's limit if left out."),
+    ] = None,
+    expert_memory: Annotated[
+        int | None, _size("Memory for experts, the rest is read from disk when needed; as fits if left out.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP in the shape of DeepSeek's and OpenAI's chat API."""
     import hadal.server
 
-    llm = _load(model, mode, device, max_context, max_concurrent)
+    llm = _load(
+        model, mode, device, max_context, max_concurrent=max_concurrent, max_waiting=max_waiting,
+        cache_memory=cache_memory, prefix_folder=prefix_folder, prefix_disk=prefix_disk, speculation=speculation,
+        expert_memory=expert_memory,
+    )  # fmt: skip
     hadal.server.run(llm, host=host, port=port, threads=threads)
 
 
@@ -109,6 +139,7 @@ def chat(
     from rich.text import Text
 
     from hadal.engine import RequestError
+    from hadal.terminal import ask, show
     from hadal.text import ChatError
 
     console = Console(highlight=False, soft_wrap=True)
@@ -118,64 +149,15 @@ def chat(
     params = llm.default_params(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     console.print(f"[dim]{llm.name} on {llm.engine.device}; /exit leaves[/dim]")
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    while (line := _ask(console)) is not None:
+    while (line := ask(console)) is not None:
         turn = [*messages, {"role": "user", "content": line}]
         try:
-            said = _show(console, llm.stream_chat(turn, params, thinking=think, reasoning_effort=effort))
+            said = show(console, llm.stream_chat(turn, params, thinking=think, reasoning_effort=effort))
         except (ChatError, RequestError) as error:
             console.print(Text(f"error: {error}", "red"))
             continue
         if said is not None:
             messages = [*turn, said]
-
-
-def _ask(console: Console) -> str | None:
-    """The next non-empty line, or None to leave."""
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]").strip()
-        except (EOFError, KeyboardInterrupt):
-            return None
-        except UnicodeDecodeError as error:
-            console.print(f"[red]error: that line is not {error.encoding} text; type it again[/red]")
-            continue
-        if line == "/exit":
-            return None
-        if line:
-            return line
-
-
-def _show(console: Console, stream: Any) -> dict[str, Any] | None:
-    """Print an answer as it comes and return it as the assistant's message, or None when the engine failed on it."""
-    from rich.text import Text
-
-    said: dict[str, Any] = {"role": "assistant", "content": ""}
-    reasoning, tokens, start, first = "", 0, time.perf_counter(), None
-    try:
-        for delta in stream:
-            first = first or time.perf_counter()
-            tokens += len(delta.token_ids)
-            if delta.reasoning:
-                console.print(Text(_printable(delta.reasoning), "dim"), end="")
-                reasoning += delta.reasoning
-            if delta.text:
-                console.print(Text("\n\n" if reasoning and not said["content"] else ""), end="")
-                console.print(Text(_printable(delta.text)), end="")
-                said["content"] += delta.text
-            if delta.finish_reason == "error":
-                console.print(Text(f"\nerror: {delta.error}", "red"))
-                return None
-    except KeyboardInterrupt:
-        stream.close()
-    end = time.perf_counter()
-    speed = (tokens - 1) / (end - (first or end)) if tokens > 1 and first and end > first else 0.0
-    console.print(f"\n[dim]{tokens} tokens, {speed:.1f} tokens/s, first after {(first or end) - start:.2f} s[/dim]")
-    return said | ({"reasoning_content": reasoning} if reasoning else {})
-
-
-def _printable(text: str) -> str:
-    """Without control characters: a model must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 @app.command()
@@ -206,7 +188,9 @@ def generate(
             }
         )  # fmt: skip
         raise typer.Exit(1 if answer.error else 0)
-    shown = _printable if sys.stdout.isatty() else str
+    from hadal.terminal import printable
+
+    shown = printable if sys.stdout.isatty() else str
     for delta in llm.stream(prompt, params):
         print(shown(delta.text), end="", flush=True)
         if delta.error:
@@ -354,10 +338,10 @@ def doctor(as_json: AsJson = False) -> None:
     _print_facts(facts, as_json)
 
 
-def _load(model: str, mode: str, device: str, max_context: int | None, max_concurrent: int = 1) -> LLM:
+def _load(model: str, mode: str, device: str, max_context: int | None, **options: Any) -> LLM:
     from hadal.llm import LLM
 
-    return LLM(model, mode=mode, device=device, max_context=max_context, max_concurrent=max_concurrent)
+    return LLM(model, mode=mode, device=device, max_context=max_context, **({"max_concurrent": 1} | options))
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "server": GROUND | {"llm", "engine", "plan", "checkpoint"},
     "train": GROUND | {"kernels", "model", "checkpoint", "plan"},
     "verify": GROUND | {"kernels", "model", "checkpoint", "plan"},
-    "bench": GROUND | {"kernels", "model", "plan"},
+    "bench": GROUND | {"kernels", "model", "plan", "engine"},
+    "terminal": set(),
     "cli": {"*"},
     "__init__": {"*"},
 }

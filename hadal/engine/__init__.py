@@ -1,6 +1,17 @@
 """The engine: token ids in, token ids out, many requests at once; it knows nothing of text or HTTP."""
 
-from hadal.engine.engine import Engine
+from hadal.engine.engine import Engine, EngineBusy
+from hadal.engine.options import EngineOptions, engine_options
 from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 
-__all__ = ["Engine", "FinishReason", "Logprob", "Request", "RequestError", "SamplingParams"]
+__all__ = [
+    "Engine",
+    "EngineBusy",
+    "EngineOptions",
+    "FinishReason",
+    "Logprob",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "engine_options",
+]

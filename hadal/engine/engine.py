@@ -1,56 +1,60 @@
 """The step loop: requests join and leave between steps, and each step is one ragged forward without padding.
 
-Above it stands `hadal.llm`, which turns text into ids and back; below it the model with its per-request states.
+Above it stands `hadal.llm`, which turns text into ids and back; below it the model with its per-request states. No
+token depends on how the loop went: a row's result has the same bits in any company, so prompts may be cut, states kept,
+found again, rewound and dropped as suits memory and speed.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hadal.config import ModelConfig
-from hadal.engine.request import Request, RequestError, SamplingParams
-from hadal.engine.sampler import Choice, sample
+from hadal.device import memory_available
+from hadal.engine.check import find_faults
+from hadal.engine.disk import DiskStore
+from hadal.engine.memory import plan_memory
+from hadal.engine.model import LanguageModel
+from hadal.engine.options import engine_options
+from hadal.engine.prefix import PrefixStore
+from hadal.engine.request import FinishReason, Request, RequestError, SamplingParams, check_prompt
+from hadal.engine.sampler import Choice, Draw, Sampler
+from hadal.engine.scheduler import Item, Limits, Plan, plan_step
+from hadal.engine.stats import EngineStats
+from hadal.kernels.pages import PAGE_TOKENS
+from hadal.model.drafter import DraftSpan
+
+_LEAST_KEPT = 32  # tokens below which a prefix is computed sooner than kept
+_log = logging.getLogger("hadal.engine")
 
 
-class LanguageModel(Protocol):
-    """What the engine needs of `hadal.model.Model`."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Vocabulary size, context length and end-of-sequence id are read from it."""
-
-    def new_state(self) -> Any:
-        """A fresh sequence state with `.position`."""
-
-    def logits_ragged(self, ids_T: Tensor, lengths: list[int], states: list[Any], last_only: bool = True) -> Tensor:
-        """Logits [B, V] after each packed span; advances the states."""
+class EngineBusy(RequestError):
+    """The queue is full; the caller may try again."""
 
 
-def plan_step(running: Sequence[Request], token_budget: int) -> list[tuple[Request, int]]:
-    """Token spans for one step: every decode, then prompt chunks in order of arrival until the budget is spent."""
-    decoding = [(r, 1) for r in running if r.computed >= len(r.prompt_ids)]
-    left = token_budget - len(decoding)
-    spans = list(decoding)
-    for request in running:
-        todo = len(request.prompt_ids) - request.computed
-        if todo > 0 and left > 0:
-            spans.append((request, min(todo, left)))
-            left -= min(todo, left)
-    return spans
+@dataclass(slots=True)
+class _Work:
+    """One request's share of a step: `count` known tokens, then `drafts`; `rows` of them are to give logits."""
+
+    request: Request
+    ids: list[int]
+    count: int
+    rows: int
+    kept: int = 0  # tokens of it that turned out to be the request's
 
 
 class Engine:
-    """Runs many requests at once; not thread-safe: one thread calls every method.
+    """Runs many requests at once; not thread-safe: one thread calls every method but `prepare`.
 
-    At most `max_concurrent` requests run, the others wait in order. A step computes at most `token_budget` tokens, or
-    one for each request where that is more, so a long prompt holds up the others for one chunk at a time. Token ids
-    from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen.
+    Token ids from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen. `plan` says how
+    memory is divided, `stats` what happened so far; `options` are those of `EngineOptions`.
     """
 
     def __init__(
@@ -58,17 +62,14 @@ class Engine:
         model: LanguageModel,
         *,
         device: torch.device | str = "cpu",
-        max_concurrent: int = 16,
-        token_budget: int = 512,
-        max_context: int | None = None,
         vocabulary: int | None = None,
+        **options: Any,
     ) -> None:
-        if max_concurrent < 1:
-            raise RequestError(f"`max_concurrent` is {max_concurrent}; at least one request must run", "max_concurrent")
+        self.options = engine_options(options)
         longest = model.config.max_position_embeddings
-        if max_context is not None and not 2 <= max_context <= longest:
-            raise RequestError(f"`max_context` is {max_context}; this model allows 2 to {longest}", "max_context")
-        self.max_context = max_context or longest
+        self.max_context = self.options.max_context or longest
+        if self.max_context > longest:
+            raise RequestError(f"`max_context` is {self.max_context}; this model allows 2 to {longest}", "max_context")
         self.vocabulary = vocabulary or model.config.vocab_size
         if not 1 <= self.vocabulary <= model.config.vocab_size:
             raise RequestError(
@@ -76,48 +77,81 @@ class Engine:
                 "they do not belong together",
                 "vocabulary",
             )
+        self.device = torch.device(device)
+        free = memory_available(self.device)
+        self.plan = plan_memory(self.options, free=free, weights=0, home=model.home_bytes, page=model.pool.page_bytes)
+        self.stats = EngineStats()
+        self.store = self._open_store(model) if self.options.prefix_cache else None
+        self._drafter = model.drafter
+        most = self._drafter.most if self._drafter else 0
+        wanted = self.options.speculation
+        self._most_drafts = most if wanted is None else min(most, wanted)
         self._model = model
-        self.device = device
-        self._max_concurrent = max_concurrent
-        self._token_budget = max(token_budget, max_concurrent)
+        self._sampler = Sampler(self.vocabulary, self.device)
         self._ids = itertools.count()
+        self._turn = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+
+    def _open_store(self, model: LanguageModel) -> PrefixStore:
+        folder, disk = self.options.prefix_folder, None
+        if folder is not None:
+            disk = DiskStore(folder, model.state_key, self.options.prefix_disk)
+        return PrefixStore(
+            memory_bytes=self.plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk
+        )
+
+    def close(self) -> None:
+        """Write what waits to be kept on disk; the engine is of no use afterwards."""
+        for request in [*self._running, *self._waiting]:
+            self.abort(request)
+        if self.store is not None:
+            self.store.close()
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
-    def prepare(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: int = 0) -> Request:
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no state."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a state."""
+        return len(self._running)
+
+    def prepare(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: int = 0,
+        priority: int = 0,
+        tenant: str = "",
+        leader: Request | None = None,
+    ) -> Request:
         """A checked Request that is not queued yet; it leaves the queues alone, so any thread may call it.
 
-        `stream` tells apart samples that share a seed. Raises RequestError for an empty prompt, a prompt or stop id
-        outside the vocabulary, or a prompt that fills the context.
+        `stream` tells apart samples that share a seed. A request waits while its `leader` computes the same prompt.
+        Raises RequestError for an empty prompt, a prompt or stop id outside the vocabulary, a prompt that fills the
+        context, or one that can never fit into memory.
         """
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; give at least one token", "prompt")
-        for i in (min(prompt_ids), max(prompt_ids)):
-            if not 0 <= i < self.vocabulary:
-                raise RequestError(f"token id {i} lies outside the vocabulary of {self.vocabulary}", "prompt")
-        for i in params.stop_token_ids or ():
-            if i >= self.vocabulary:
-                raise RequestError(
-                    f"stop token id {i} lies outside the vocabulary of {self.vocabulary}", "stop_token_ids"
-                )
-        room = self.max_context - len(prompt_ids)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and the context holds {self.max_context} including the "
-                "answer; shorten the prompt",
-                "prompt",
-            )
+        check_prompt(prompt_ids, params, self.vocabulary, self.max_context)
+        length = len(prompt_ids)
+        self.plan.check(length)
+        room = min(self.max_context, self.plan.tokens) - length
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return Request(next(self._ids), tuple(prompt_ids), params, limit, stream)
+        return Request(next(self._ids), tuple(prompt_ids), params, limit, stream, priority, tenant, leader)
 
     def submit(self, request: Request) -> None:
-        """Queue a prepared request; it joins the batch at a following step."""
+        """Queue a prepared request, to join the batch at a following step. Raises EngineBusy when the queue is full."""
         assert request.state is None and not request.finished
+        most = self.options.max_waiting
+        if most is not None and len(self._waiting) >= most:
+            raise EngineBusy(f"{most} requests wait already; try again later")
         self._waiting.append(request)
 
     def abort(self, request: Request) -> None:
@@ -126,47 +160,237 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[Request]:
-        """Compute one ragged forward and return the requests that gained a token or ended with an error."""
+        """Compute one ragged forward and return the requests that gained tokens or ended with an error."""
         with torch.inference_mode():
-            self._admit()
-            spans = plan_step(self._running, self._token_budget)
-            if not spans:
+            work = self._begin(self._schedule())
+            if not work:
                 return []
-            packed = [request.pending(count) for request, count in spans]
-            ids_T = torch.tensor([i for ids in packed for i in ids], dtype=torch.long, device=self.device)
-            states = [request.state for request, _ in spans]
-            logits_BV = self._model.logits_ragged(ids_T, [len(ids) for ids in packed], states, last_only=True)
-            ready = [(b, r) for b, (r, _) in enumerate(spans) if r.computed >= len(r.prompt_ids)]
-            if not ready:
-                return []
-            rows_BV = logits_BV[[b for b, _ in ready], : self.vocabulary].float().cpu()
-            choices = sample(rows_BV, [r for _, r in ready])
-        for (_, request), choice in zip(ready, choices, strict=True):
-            self._accept(request, choice)
-        return [request for _, request in ready]
+            logits_RV = self._forward(work)
+            ready = self._choose(work, logits_RV)
+            if self._most_drafts:
+                self._draft(work)
+        self._keep(work)
+        for request in ready:
+            if request.finished:
+                self._leave(request, request.finish_reason == "error")
+        if not self.busy:
+            self._check_idle()
+        return ready
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_concurrent:
-            self._waiting[0].state = self._model.new_state()  # it may fail, and then nobody gets lost
-            self._running.append(self._waiting.popleft())
+    def check(self) -> list[str]:
+        """What is wrong with pages, references and queues; nothing, unless there is a mistake in the program."""
+        held = self.store.states() if self.store is not None else []
+        return find_faults(self._model.pool, self._running, self._waiting, held)
+
+    def _schedule(self) -> Plan:
+        self._turn += 1
+        items = [self._item(r) for r in self._running]
+        items += [self._item(r) for r in self._waiting if not _follows(r)]
+        if not items:
+            return Plan((), (), ())
+        # The longest context decides how many rows one native step takes.
+        longest = max(item.position for item in items) + self.options.token_budget
+        rows = max(min(self.options.token_budget, self._model.step_rows(longest)), 1)
+        free = self.plan.pages - self._model.pool.live
+        wanted = sum(1 + item.todo // PAGE_TOKENS for item in items if item.running)
+        wanted = min(wanted, len(items) + rows // PAGE_TOKENS) + 1
+        if free < wanted and self.store is not None:
+            self.store.shrink(wanted - free)
+            free = self.plan.pages - self._model.pool.live
+        limits = Limits(slots=self.options.max_concurrent, tokens=rows, pages=max(free, 0), chunk=rows)
+        return plan_step(items, limits, self._turn)
+
+    def _item(self, request: Request) -> Item:
+        known, state = len(request.token_ids), request.state
+        if state is None:
+            return Item(request.id, request.priority, request.tenant, 0, known, bool(request.output_ids), 0, False, 0)
+        if state.position >= known:  # a step broke off between the forward and its tokens
+            state.rewind(state.position - known + 1)
+        position = state.position
+        todo, decoding = known - position, bool(request.output_ids)
+        room = min(len(request.drafts), request.limit - len(request.output_ids) - 1) if todo == 1 else 0
+        return Item(
+            request.id, request.priority, request.tenant, position, todo, decoding, room, True, len(state.pages),
+            request.stops,
+        )  # fmt: skip
+
+    def _begin(self, plan: Plan) -> list[_Work]:
+        """Move states as the plan says, and collect what the forward is to compute."""
+        by_id = {r.id: r for r in (*self._running, *self._waiting)} if plan.admit or plan.preempt else {}
+        for key in plan.preempt:
+            self._preempt(by_id[key])
+        for key in plan.admit:
+            self._admit(by_id[key])
+        work = []
+        requests = {r.id: r for r in self._running}
+        for key, count, drafts in plan.spans:
+            request = requests[key]
+            begin = request.computed  # a prefix that was found makes it more than the plan knew
+            end = begin + min(count, len(request.token_ids) - begin)
+            end = min([end, *(stop for stop in request.stops if stop > begin)])
+            ids = request.token_ids[begin:end] + request.drafts[:drafts]
+            rows = 1 + drafts if end == len(request.token_ids) else 0
+            work.append(_Work(request, ids, end - begin, rows, end - begin))
+        return work
+
+    def _admit(self, request: Request) -> None:
+        tokens, found = request.token_ids, None
+        if self.store is not None:
+            found = self.store.lookup(tokens, request.tenant, len(tokens) - 1)
+            request.stops = self._stops(found.length, found.shared, len(tokens))
+        request.state = found.state if found is not None and found.state is not None else self._model.new_state()
+        if request.cached_tokens is None:
+            request.cached_tokens, request.cache_reason = request.computed, "off" if found is None else found.reason
+            self.stats.count_admission(len(request.prompt_ids), request.computed, request.cache_reason)
+            if self.store is not None:
+                self.store.observe(request.prompt_ids, request.tenant)
+        self._waiting.remove(request)
+        self._running.append(request)
+
+    def _stops(self, begin: int, shared: int, end: int) -> tuple[int, ...]:
+        every = self.options.snapshot_every
+        stops = set(range((begin // every + 1) * every, end, every))
+        if shared > begin:
+            stops.add(shared)
+        return tuple(sorted(stops))
+
+    def _preempt(self, request: Request) -> None:
+        self.stats.preemptions += 1
+        self._running.remove(request)
+        self._waiting.appendleft(request)
+        pages = len(request.state.pages)
+        self._hand_over(request, "preempted")
+        if self.store is not None:
+            self.store.shrink(max(pages - (self.plan.pages - self._model.pool.live), 0))
+
+    def _forward(self, work: Sequence[_Work]) -> Tensor:
+        ids = [i for w in work for i in w.ids]
+        self.stats.count_step(len(ids), sum(w.count for w in work if not w.rows))
+        states = [w.request.state for w in work]
+        return self._model.advance(ids, [len(w.ids) for w in work], states, [w.rows for w in work])
+
+    def _choose(self, work: Sequence[_Work], logits_RV: Tensor) -> list[Request]:
+        """Give requests the tokens that their rows choose; a draft counts if the row before it chose the same."""
+        draws = [_draw(w.request, j) for w in work for j in range(w.rows)]
+        if not draws:
+            return []
+        choices = iter(self._sampler.choose(logits_RV, draws))
+        ready = []
+        for w in work:
+            if not w.rows:
+                continue
+            request, taken = w.request, 0
+            own = list(itertools.islice(choices, w.rows))
+            while taken < w.rows and not request.finished:
+                self._accept(request, own[taken])
+                taken += 1
+                if taken < w.rows and own[taken - 1].token_id != w.ids[w.count + taken - 1]:
+                    break
+            offered = w.rows - 1
+            if offered:
+                # What a request that ends leaves unverified tells nothing.
+                request.depth.observe(min(offered, taken) if request.finished else offered, taken - 1)
+                self.stats.count_drafts(offered, taken - 1)
+            request.drafts.clear()
+            w.kept = w.count + taken - 1
+            request.state.rewind(len(w.ids) - w.kept)
+            ready.append(request)
+        return ready
 
     def _accept(self, request: Request, choice: Choice) -> None:
         if choice.error is not None:
             request.error = choice.error
-            return self._finish(request, "error")
+            request.finish_reason = "error"
+            return
         request.output_ids.append(choice.token_id)
+        request.token_ids.append(choice.token_id)
+        self.stats.generated += 1
         if request.params.logprobs is not None:
             request.logprobs.append(choice.logprobs)
         is_eos = choice.token_id == self._model.config.eos_token_id and not request.params.ignore_eos
         if is_eos or choice.token_id in (request.params.stop_token_ids or ()):
-            self._finish(request, "stop")
+            request.finish_reason = "stop"
         elif len(request.output_ids) >= request.limit:
-            self._finish(request, "length")
+            request.finish_reason = "length"
 
-    def _finish(self, request: Request, reason: Any) -> None:
+    def _draft(self, work: Sequence[_Work]) -> None:
+        """Let the draft head see what the step computed, and guess on for requests that choose tokens."""
+        assert self._drafter is not None
+        window = self._model.config.sliding_window
+        decoding = sum(1 for w in work if w.rows)
+        spans = []
+        for i, w in enumerate(work):
+            request = w.request
+            if request.error is not None:
+                continue
+            end = request.computed
+            following = request.token_ids[max(end - min(w.kept, window), 0) + 1 : end + 1]
+            room = request.limit - len(request.output_ids) - 1
+            depth = request.depth.next(min(self._most_drafts, room), decoding) if w.rows and not request.finished else 0
+            if following:
+                spans.append(DraftSpan(i, w.kept, following, depth))
+
+        def choose(logits_BV: Tensor, which: list[int], ahead: int) -> list[int]:
+            requests = [work[i].request for i in which]
+            return self._sampler.guess(logits_BV, [_draw(r, ahead) for r in requests])
+
+        if spans:
+            for span, drafts in zip(spans, self._drafter.draft(spans, choose), strict=True):
+                work[span.span].request.drafts = drafts
+
+    def _keep(self, work: Sequence[_Work]) -> None:
+        """Take the snapshots that are due: at the end of a prompt, of a shared prefix, and every so many tokens."""
+        if self.store is None:
+            return
+        for w in work:
+            request, end = w.request, w.request.computed
+            at_stop = end in request.stops
+            if w.rows and len(request.output_ids) == 1 and not request.finished:
+                kind = "turn"
+            elif at_stop:
+                kind = "interval" if end % self.options.snapshot_every == 0 else "common"
+            else:
+                continue
+            if end >= _LEAST_KEPT:
+                self.store.put(request.token_ids[:end], request.state.clone(), request.tenant, kind)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
-        request.state = None
-        if request in self._running:
-            self._running.remove(request)
-        elif request in self._waiting:
+        self._leave(request, spoilt=False)
+
+    def _leave(self, request: Request, spoilt: bool) -> None:
+        """Take an ended request out of the queues; its state is kept unless it is `spoilt`."""
+        if request.state is None:
             self._waiting.remove(request)
+            return
+        self._running.remove(request)
+        if spoilt:
+            request.state = None
+        else:
+            self._hand_over(request, "output")
+
+    def _hand_over(self, request: Request, kind: str) -> None:
+        state, request.state = request.state, None
+        request.drafts.clear()
+        # A step that broke off leaves a position without tokens.
+        if self.store is not None and _LEAST_KEPT <= state.position <= len(request.token_ids):
+            self.store.put(request.token_ids[: state.position], state, request.tenant, kind)
+
+    def _check_idle(self) -> None:
+        faults = self.check()
+        for fault in faults:
+            _log.error("integrity: %s", fault)
+        self.stats.faults += len(faults)
+        if faults and self.store is not None:
+            self.store.clear()  # what cannot be trusted must not be found
+
+
+def _follows(request: Request) -> bool:
+    """Whether a request still waits for another one to compute its prompt."""
+    leader = request.leader
+    return leader is not None and not leader.finished and not leader.output_ids
+
+
+def _draw(request: Request, ahead: int) -> Draw:
+    position = len(request.output_ids) + ahead
+    return Draw(request.params, request.seed, request.stream, position, request.params.logprobs is not None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from hadal.engine.speculation import DraftDepth
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -84,6 +87,24 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_prompt(prompt_ids: Sequence[int], params: SamplingParams, vocabulary: int, max_context: int) -> None:
+    """Raise RequestError for an empty prompt, ids outside the vocabulary, or a prompt that fills the context."""
+    if not prompt_ids:
+        raise RequestError("the prompt is empty; give at least one token", "prompt")
+    for i in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= i < vocabulary:
+            raise RequestError(f"token id {i} lies outside the vocabulary of {vocabulary}", "prompt")
+    for i in params.stop_token_ids or ():
+        if i >= vocabulary:
+            raise RequestError(f"stop token id {i} lies outside the vocabulary of {vocabulary}", "stop_token_ids")
+    if len(prompt_ids) >= max_context:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens and the context holds {max_context} including the answer; "
+            "shorten the prompt",
+            "prompt",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """Natural-log probability of one token before temperature and filters, and its rank (1 = likeliest)."""
@@ -102,15 +123,25 @@ class Request:
     params: SamplingParams
     limit: int  # tokens that may be generated: max_tokens, cut at the end of the context
     stream: int = 0
+    priority: int = 0  # higher runs first
+    tenant: str = ""  # who asks: prefixes are shared within a tenant only, and tenants of one priority take turns
+    leader: Request | None = None  # a request of the same prompt that computes it first
     seed: int = field(init=False)
+    token_ids: list[int] = field(init=False)  # prompt, then output
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
-    state: Any = None  # the model's SequenceState; set by the engine while the request runs
+    state: Any = None  # the model's state of this sequence while it runs
+    cached_tokens: int | None = None  # prompt tokens found in the prefix store when it first ran
+    cache_reason: str = ""  # "hit", or why no prefix was found
+    drafts: list[int] = field(default_factory=list)  # guesses of the tokens after the last one
+    depth: DraftDepth = field(default_factory=DraftDepth)
+    stops: tuple[int, ...] = ()  # positions at which a snapshot is due
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        self.token_ids = list(self.prompt_ids)
 
     @property
     def finished(self) -> bool:
@@ -121,10 +152,3 @@ class Request:
     def computed(self) -> int:
         """Tokens that the model has seen."""
         return 0 if self.state is None else int(self.state.position)
-
-    def pending(self, most: int) -> list[int]:
-        """The next tokens to feed, at most `most`: the rest of the prompt, or the last sampled token."""
-        done, prompt = self.computed, len(self.prompt_ids)
-        if done < prompt:
-            return list(self.prompt_ids[done : done + most])
-        return self.output_ids[done - prompt : done - prompt + most]

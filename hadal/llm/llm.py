@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 from hadal import device as devices
 from hadal.checkpoint import CheckpointError, load_model, locate_model
-from hadal.engine import Engine, Request, RequestError, SamplingParams
+from hadal.engine import Engine, Request, RequestError, SamplingParams, engine_options
 from hadal.llm.answer import Delta, Generation, RequestOutput
 from hadal.text import (
     Prompt,
@@ -43,7 +43,8 @@ class LLM:
     """A model ready to answer; not thread-safe: one thread drives it.
 
     `model` is a directory in the official layout, a Hub repo id or "nano", the embedded one. `mode` "fast" skips the
-    official fake-quantisation; "faithful" rounds where the official code rounds. `max_context` None is the model's own.
+    official fake-quantisation; "faithful" rounds where the official code rounds. `expert_memory` is how many bytes of
+    experts stay in memory when they do not all fit. The other options are those of `EngineOptions`.
     Raises a ValueError of the room concerned for a model, device or option that cannot be used.
     """
 
@@ -56,10 +57,10 @@ class LLM:
         *,
         mode: str = "fast",
         device: str = "auto",
-        max_concurrent: int = 16,
-        token_budget: int = 512,
-        max_context: int | None = None,
+        expert_memory: int | None = None,
+        **options: Any,
     ) -> None:
+        engine_options(options)  # before a model is loaded for options that cannot be
         if mode not in ("fast", "faithful"):
             raise RequestError(f"unknown mode {mode!r}; choose fast or faithful", "mode")
         where = devices.resolve(device)
@@ -68,20 +69,14 @@ class LLM:
             raise CheckpointError("this installation has no embedded model; give a model directory")
         tokenizer = Tokenizer.from_directory(directory)
         faithful = mode == "faithful"
-        loaded = load_model(directory, device=where, dtype="bfloat16" if faithful else "auto", fake_quant=faithful)
+        dtype = "bfloat16" if faithful else "auto"
+        loaded = load_model(directory, device=where, dtype=dtype, fake_quant=faithful)
         if tokenizer.eos_id != loaded.config.eos_token_id:
             raise TokenizerError(
                 f"the tokenizer of {directory} ends answers with id {tokenizer.eos_id} and the model with "
                 f"{loaded.config.eos_token_id}; take both from the same release"
             )
-        engine = Engine(
-            loaded,
-            device=where,
-            max_concurrent=max_concurrent,
-            token_budget=token_budget,
-            max_context=max_context,
-            vocabulary=tokenizer.vocab_size,
-        )
+        engine = Engine(loaded, device=where, vocabulary=tokenizer.vocab_size, **options)
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
         self._defaults = _own_sampling(directory / "generation_config.json")
         self._read_texts = lambda: _prompt_texts(directory, tokenizer)
@@ -207,7 +202,9 @@ class LLM:
     def _prepare(
         self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None
     ) -> list[Generation]:
-        requests = [self.engine.prepare(ids, params, stream=i) for i in range(params.n)]
+        first = self.engine.prepare(ids, params)
+        others = [self.engine.prepare(ids, params, stream=i, leader=first) for i in range(1, params.n)]
+        requests = [first, *others]
         return [Generation(request, self.tokenizer, text, chat) for request in requests]
 
     def _run(self, groups: Sequence[Sequence[Generation]]) -> list[RequestOutput]:

@@ -140,17 +140,18 @@ class CpuRunner:
         self._run_head(self._jobs.draft, wanted, logits)
         return self._cut(logits)
 
-    def mtp_logits(
+    def mtp_streams(
         self, x_TND: Tensor, ids: Sequence[int], lengths: Sequence[int], states: Sequence[CpuState]
     ) -> Tensor:
-        """MTP logits [T, V] from the streams and next tokens of the last `lengths` positions."""
+        """The MTP block's streams [T, N, d] from the main ones and the next tokens of the last `lengths` positions."""
         starts = [state.position - length for state, length in zip(states, lengths, strict=True)]
         parts = []
         for pieces in self._steps(lengths, states, starts, lengths):
             rows = range(sum(piece.length for piece in pieces))
             here = slice(pieces[0].first, pieces[0].first + len(rows))
             self._streams(len(rows))[:] = x_TND[here]
-            parts.append(self._follow(pieces, rows, ids[here], rows))
+            self._follow(pieces, rows, ids[here], ())
+            parts.append(self._streams(len(rows)).clone())
         return torch.cat(parts)
 
     def site(self, layer: int, name: str, x_TD: Tensor, ids_T: Tensor) -> Tensor:
