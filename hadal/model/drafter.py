@@ -125,8 +125,8 @@ class MtpDrafter:
             return model.runner.follow(cast(Any, states), starts, lengths, sources, ids, wanted)
         assert model.fed.rows is not None
         batch = Batch.at(starts, lengths, states, model.device)
-        model.fed.rows, logits = model.mtp_pass(model.fed.rows[sources], ids, batch, wanted)
-        return logits
+        model.fed.rows = model.mtp_streams(model.fed.rows[sources], ids, batch)
+        return model.mtp_head(model.fed.rows[wanted])
 
 
 class DsparkDrafter:

@@ -248,16 +248,18 @@ class Model(nn.Module):
         """
         ids = self._ids(next_ids_T)
         if self.runner is not None:
-            return self.runner.mtp_logits(x_TND, ids, lengths, cast(Any, states))
-        return self.mtp_pass(x_TND, ids, self._follow(lengths, states), range(len(ids)))[1]
+            return self.mtp_head(self.runner.mtp_streams(x_TND, ids, lengths, cast(Any, states)))
+        return self.mtp_head(self.mtp_streams(x_TND, ids, self._follow(lengths, states)))
 
     @torch.no_grad()
-    def mtp_pass(
-        self, x_TND: Tensor, next_ids: list[int], batch: Batch, wanted: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """The MTP block's streams [T, N, d], from which it drafts on, and the logits [W, V] of its rows `wanted`."""
-        x, _ = self._mtp(x_TND, self._tensor(next_ids), batch, None)
-        return x, self._head(self._hidden(x[wanted], self.mtp_block.hc_head, self.mtp_block.norm))
+    def mtp_streams(self, x_TND: Tensor, next_ids: list[int], batch: Batch) -> Tensor:
+        """The streams [T, N, d] behind the MTP block, from which it may draft on."""
+        return self._mtp(x_TND, self._tensor(next_ids), batch, None)[0]
+
+    @torch.no_grad()
+    def mtp_head(self, x_TND: Tensor) -> Tensor:
+        """FP32 logits [T, V] of the MTP head."""
+        return self._head(self._hidden(x_TND, self.mtp_block.hc_head, self.mtp_block.norm))
 
     @torch.no_grad()
     def dspark_remember(self, taps_TD: Tensor, lengths: Sequence[int], states: Sequence[SequenceState]) -> Tensor:

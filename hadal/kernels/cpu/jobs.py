@@ -286,9 +286,12 @@ class _Builder:
             norm=self.constant(f"{at}norm"), fn=self.constant(f"{hyper}.fn"), base=self.constant(f"{hyper}.base"),
             scale=self.constant(f"{hyper}.scale"), out=final.address, out_stride=final.stride,
         )  # fmt: skip
-        matrix = self.plan.matrices["head"]
+        matrix = self.plan.matrices[f"{at}head"]
         jobs.logits_width = matrix.panels * matmul.PANEL
-        self.product("head", final, Place("logits", jobs.logits_width * 4), jobs.head_group)
+        integers = matrix.form == "fp4" and not jobs.isa.amx
+        source = self.records("final_records", final, matrix.name, address(jobs.head_group)) if integers else final
+        logits = Place("logits", jobs.logits_width * 4)
+        self.product(matrix.name, source, logits, jobs.head_group, integers=integers)
         return Part(begin, streams, jobs.count)
 
     def draft_inputs(self, at: str) -> None:

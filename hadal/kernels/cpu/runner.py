@@ -7,6 +7,7 @@ Legend: T packed rows, S sequences, V vocabulary, N streams, d hidden.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
@@ -74,6 +75,7 @@ class CpuRunner:
         self._words = np.zeros(self.max_rows * (_ROW_ARRAYS + len(SPAN)), np.int64)
         self._words_address = address(self._words)
         self._step = np.zeros(len(STEP), np.int64)
+        self._rows = 0  # of the last pass
         self._angles = self._jobs.space["angles"].address
         self._indexed = any(layer.attention == "csa" for layer in config.layers)
         self._windows, self._entries, self._scores, self._threads = Scratch(), Scratch(), Scratch(), Scratch()
@@ -134,6 +136,7 @@ class CpuRunner:
     def _follow(
         self, pieces: Sequence[_Piece], sources: Sequence[int], ids: Sequence[int], wanted: Sequence[int]
     ) -> Tensor:
+        assert max(sources) < self._rows, "rows of an earlier step; `step_rows` says how many one step takes"
         self._write(pieces, ids, wanted, [0] * len(pieces), sources)
         self._jobs.stream_group[3] = len(sources) * self.shapes.streams
         logits = self._logits(len(wanted))
@@ -150,6 +153,7 @@ class CpuRunner:
             rows = range(sum(piece.length for piece in pieces))
             here = slice(pieces[0].first, pieces[0].first + len(rows))
             self._streams(len(rows))[:] = x_TND[here]
+            self._rows = len(rows)
             self._follow(pieces, rows, ids[here], ())
             parts.append(self._streams(len(rows)).clone())
         return torch.cat(parts)
@@ -235,9 +239,13 @@ class CpuRunner:
             )  # fmt: skip
             positions += range(start, start + length)
             span_of += [s] * length
+            if blocks[s]:
+                # What lies behind the last key has no weight, but a NaN that another sequence left there would show.
+                last = (start + length - 1) // KEYS % blocks[s]
+                ctypes.memset(window + last * self.shapes.block_bytes, 0, self.shapes.block_bytes)
             window += blocks[s] * self.shapes.block_bytes
             longest = max(longest, start + length)
-        rows = len(positions)
+        rows = self._rows = len(positions)
         words = [*ids, *positions, *span_of, *wanted, *sources, *spans]
         self._words[: len(words)] = words
         row_words, at = WORD * rows, self._words_address

@@ -16,6 +16,7 @@ from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels.cpu.matmul import BLOCK, PANEL, Format, panel_bytes
 from hadal.kernels.cpu.memory import Packing
 from hadal.kernels.cpu.pack import Weight, form_of, pack, pack_pair, packed_bytes
+from hadal.quant import quantise_fp4
 
 Lookup = Callable[[str], Any]  # a Tensor, a PackedWeight, or a list of them for experts
 
@@ -64,6 +65,10 @@ def plan_packing(config: ModelConfig, lookup: Lookup) -> Plan:
         _add_layer(plan, config, config.draft_layers[0], "draft.0.", lookup)
         for name in ("draft.0.e_proj", "draft.0.h_proj"):
             _add(plan, name, [lookup(name)])
+        # Drafts need not be exact, and reading the head is most of what a draft costs.
+        head, shape = lookup("head"), Matrix("draft.0.head", "fp4", config.vocab_size, config.hidden_size)
+        plan.matrices[shape.name] = shape
+        plan.items.append(Packing(shape.name, shape.nbytes, lambda out: pack(quantise_fp4(head), out)))
     return plan
 
 
