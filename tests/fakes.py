@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hadal.checkpoint import save_model
-from hadal.config import ModelConfig, preset
+from hadal.config import preset
 from hadal.engine import Engine
 from hadal.llm import LLM
 from hadal.model import Model, Numerics
 from hadal.text import PromptTexts, Tokenizer, own_prompt_texts, train_tokenizer
-from tests.engine.fake_model import FakeState
+from tests.engine.fake_model import PagedModel
 
 torch.set_num_threads(1)  # with matrices this small, threads only wait for each other
 
@@ -26,7 +26,7 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer(["the cat sat on the mat and the dog ran away then " * 20], 300)
 
 
-class ScriptedModel:
+class ScriptedModel(PagedModel):
     """Continues a sequence whose text contains a key of `script` with its value and end-of-sequence, near certainly.
 
     Of several keys the one that comes last in the text counts. A value of None gives NaN logits, "<crash>" in the text
@@ -35,23 +35,15 @@ class ScriptedModel:
 
     def __init__(self, script: dict[str, str | None], context: int) -> None:
         self.tokenizer = small_tokenizer()
-        size = self.tokenizer.vocab_size
-        self.config: ModelConfig = preset("nano").replace(vocab_size=size, max_position_embeddings=context)
+        super().__init__(self.tokenizer.vocab_size, context)
         self.script = script
         self.steps = 0
 
-    def new_state(self) -> Any:
-        return FakeState()
-
-    def logits_ragged(self, ids_T: Tensor, lengths: list[int], states: list[Any], last_only: bool = True) -> Tensor:
+    def advance(self, *args: Any) -> Tensor:
         self.steps += 1
-        rows = []
-        for ids, state in zip(ids_T.split(lengths), states, strict=True):
-            state.ids += ids.tolist()
-            rows.append(self._row(state.ids))
-        return torch.stack(rows)
+        return super().advance(*args)
 
-    def _row(self, ids: list[int]) -> Tensor:
+    def row(self, ids: list[int]) -> Tensor:
         text = self.tokenizer.decode(ids)
         if "<crash>" in text:
             raise RuntimeError("the script crashes here")

@@ -167,7 +167,7 @@ class _Step:
             self._preempt_last()
         for item in list(self.prompts):
             while item.new_pages(1) > self.spare and (last := self.running[-1]) not in (item, self.running[0]):
-                stuck = not self.decodes and all(i.new_pages(1) > self.free for i in self.running)
+                stuck = all(i.new_pages(1) > self.free for i in self.running)
                 if last.priority >= item.priority and not stuck:
                     break
                 self._preempt_last()

@@ -254,9 +254,9 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) ->
 class SlowModel(ScriptedModel):
     pause = 0.1
 
-    def logits_ragged(self, *args: Any, **options: Any) -> Any:
+    def advance(self, *args: Any) -> Any:
         time.sleep(self.pause)
-        return super().logits_ragged(*args, **options)
+        return super().advance(*args)
 
 
 def test_slow_answers_are_kept_alive(start: Callable[..., Any]) -> None:
