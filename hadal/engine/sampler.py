@@ -71,7 +71,7 @@ class Sampler:
     def _asked(self, draw: Draw, top: int) -> Asked:
         params = draw.params
         if params.temperature == 0:
-            return Asked(0, 0.0, 0, 1.0, top)
+            return Asked(0, 0.0, 1, 1.0, top)
         rate = max(min(1 / params.temperature, _FASTEST), _SLOWEST)
         return Asked(
             noise_key(draw.seed, draw.stream, draw.position), rate, params.top_k or self._vocabulary, params.top_p, top
@@ -112,55 +112,43 @@ def _mix(x: int) -> int:
 
 
 def find(logits_RV: Tensor, asked: Sequence[Asked]) -> list[Found]:
-    """What the kernel computes, in plain torch on any device, by sorting where order counts."""
+    """What the kernel computes, in plain torch on any device, by sorting; K counts places in order."""
     x_RV, device = logits_RV.float(), logits_RV.device
-    sound_R = (x_RV < math.inf).all(1) & (x_RV > -math.inf).any(1)
-    x_RV = torch.where(sound_R[:, None], x_RV, 0.0)
-    highest_R1 = x_RV.amax(1, keepdim=True)
-    token_R1 = x_RV.argmax(1, keepdim=True)  # torch documents the first of equal maxima: the lowest index
+    sound_R1 = (x_RV < math.inf).all(1, keepdim=True) & (x_RV > -math.inf).any(1, keepdim=True)
+    if not any(row.rate or row.top >= 0 for row in asked):
+        best_R1 = x_RV.argmax(1, keepdim=True)  # torch documents the first of equal maxima: the lowest index
+        return [Found(token, 0, 0.0, 0.0, 1.0, ()) for (token,) in torch.where(sound_R1, best_R1, -1).tolist()]
+    x_RK, id_RK = torch.where(sound_R1, x_RV, 0.0).sort(descending=True, stable=True)
+    below_RK = x_RK - x_RK[:, :1]
+    rate_R1, top_p_R1 = (torch.tensor([[getattr(row, n)] for row in asked], device=device) for n in ("rate", "top_p"))
+    top_k_R1 = torch.tensor([[row.top_k] for row in asked], device=device)
+    weights_RK = _weights(below_RK * rate_R1)
+    inside_RK = torch.arange(x_RK.shape[1], device=device) < top_k_R1
+    limit_R1 = top_p_R1 * (weights_RK * inside_RK).sum(1, keepdim=True)
+    inside_RK &= (weights_RK.cumsum(1) - weights_RK < limit_R1) | (top_p_R1 == 1)
+    scores_RK = below_RK * rate_R1 - _exponential(asked, id_RK).log()
+    place_R1 = scores_RK.masked_fill(~inside_RK, -math.inf).argmax(1, keepdim=True)
     most = max(row.top for row in asked)
-    sampled = any(row.rate for row in asked)
-    filtered = any(row.rate and (row.top_k < x_RV.shape[1] or row.top_p < 1) for row in asked)
-    if filtered or most >= 0:
-        sorted_RV, order_RV = torch.sort(x_RV, descending=True, stable=True)
-    if sampled:
-        rate_R1 = torch.tensor([[row.rate or 1.0] for row in asked], dtype=torch.float32, device=device)
-        greedy_R1 = torch.tensor([[row.rate == 0] for row in asked], device=device)
-        scores_RV = (x_RV - highest_R1) * rate_R1 - _exponential(asked, x_RV).log()
-        if filtered:
-            scores_RV = scores_RV.gather(1, order_RV)
-            inside_RV = _inside(_weights((sorted_RV - highest_R1) * rate_R1), asked)
-            drawn_R1 = order_RV.gather(1, scores_RV.masked_fill(~inside_RV, -math.inf).argmax(1, keepdim=True))
-        else:
-            drawn_R1 = scores_RV.argmax(1, keepdim=True)
-        token_R1 = torch.where(greedy_R1, token_R1, drawn_R1)
-    token_R1 = torch.where(sound_R[:, None], token_R1, -1)
-    if most < 0:
-        return [Found(token, 0, 0.0, 0.0, 1.0, ()) for token in token_R1[:, 0].tolist()]
-    logit_R1 = x_RV.gather(1, token_R1.clamp(min=0))
-    ahead_R1 = (order_RV == token_R1).int().argmax(1, keepdim=True)
-    mass_R1 = _weights(x_RV - highest_R1).sum(1, keepdim=True)
-    whole = torch.cat((token_R1, ahead_R1, mass_R1, order_RV[:, :most]), 1).tolist()
-    real = torch.cat((highest_R1, logit_R1, sorted_RV[:, :most]), 1).tolist()
+    mass_R1 = _weights(below_RK).sum(1, keepdim=True)
+    token_R1 = torch.where(sound_R1, id_RK.gather(1, place_R1), -1)
+    whole = torch.cat((token_R1, place_R1, mass_R1, id_RK[:, : max(most, 0)]), 1).tolist()
+    real = torch.cat((x_RK.gather(1, place_R1), x_RK[:, : max(most, 1)]), 1).tolist()
     results = []
-    for row, (token, ahead, mass, *ids), (highest, logit, *logits) in zip(asked, whole, real, strict=True):
-        pairs = [pair for pair in zip(ids, logits, strict=True) if pair[1] > -math.inf]
-        results.append(Found(token, ahead, logit, highest, mass / _UNIT, tuple(pairs[: max(row.top, 0)])))
+    for row, (token, place, mass, *ids), (logit, *logits) in zip(asked, whole, real, strict=True):
+        pairs = [(i, its) for i, its in zip(ids, logits, strict=False) if its > -math.inf]
+        results.append(Found(token, place, logit, logits[0], mass / _UNIT, tuple(pairs[: max(row.top, 0)])))
     return results
 
 
-def _exponential(asked: Sequence[Asked], like_RV: Tensor) -> Tensor:
+def _exponential(asked: Sequence[Asked], id_RK: Tensor) -> Tensor:
     """Exponential noise -log(1 - v), v = (bits + 1/2) / 2^32 of a hash of key and token id, precise at both ends."""
-    device = like_RV.device
     low_R1, high_R1 = (
-        torch.tensor([[row.key >> shift & _LOW] for row in asked], device=device, dtype=torch.int64)
-        for shift in (0, 32)
+        torch.tensor([[row.key >> shift & _LOW] for row in asked], device=id_RK.device) for shift in (0, 32)
     )
-    ids_V = torch.arange(like_RV.shape[1], device=device)
-    bits_RV = _mix_half(_mix_half((ids_V + low_R1) & _LOW) ^ high_R1)
-    early_RV = bits_RV < 2**31
-    smaller_RV = (torch.where(early_RV, bits_RV, _LOW - bits_RV).float() + 0.5) * 2.0**-32  # of v and 1 - v
-    return -torch.where(early_RV, torch.log1p(-smaller_RV), smaller_RV.log())
+    bits_RK = _mix_half(_mix_half((id_RK + low_R1) & _LOW) ^ high_R1)
+    early_RK = bits_RK < 2**31
+    smaller_RK = (torch.where(early_RK, bits_RK, _LOW - bits_RK).float() + 0.5) * 2.0**-32  # of v and 1 - v
+    return -torch.where(early_RK, torch.log1p(-smaller_RK), smaller_RK.log())
 
 
 def _mix_half(x: Tensor) -> Tensor:
@@ -170,16 +158,5 @@ def _mix_half(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _weights(scaled_RV: Tensor) -> Tensor:
-    return (scaled_RV.exp() * _UNIT).long()
-
-
-def _inside(weights_RV: Tensor, asked: Sequence[Asked]) -> Tensor:
-    """Which tokens, in order, top_k and then top_p keep: those up to the one that reaches the mass."""
-    device = weights_RV.device
-    count_R1 = torch.tensor([[row.top_k or weights_RV.shape[1]] for row in asked], device=device)
-    share_R1 = torch.tensor([[row.top_p] for row in asked], dtype=torch.float32, device=device)
-    first_RV = torch.arange(weights_RV.shape[1], device=device) < count_R1
-    kept_R1 = (weights_RV * first_RV).sum(1, keepdim=True)
-    ahead_RV = weights_RV.cumsum(1) - weights_RV
-    return first_RV & ((ahead_RV.float() < share_R1 * kept_R1.float()) | (share_R1 == 1))
+def _weights(scaled_RK: Tensor) -> Tensor:
+    return (scaled_RK.exp() * _UNIT).long()

@@ -11,7 +11,7 @@ from hadal.kernels.cpu import sample
 from hadal.kernels.cpu.ir import F32, I32, vec
 from hadal.kernels.cpu.program import KernelModule
 from hadal.kernels.cpu.target import Isa, assembly
-from tests.kernels.cpu.harness import instruction_sets
+from tests.kernels.cpu.harness import Kernels, address, buffer, instruction_sets
 from tests.kernels.cpu.vectors import VectorFunctions
 
 ISAS = pytest.mark.parametrize("isa", instruction_sets())
@@ -50,6 +50,20 @@ def test_noise_is_the_hash_of_id_and_key(isa: str) -> None:
     assert found.tolist() == [mixed(mixed((i + low) % 2**32) ^ high) for i in range(4096)]
     bits = (found[:, None] >> np.arange(32, dtype=np.uint32) & 1).mean(0)
     assert np.abs(bits - 0.5).max() < 5 * 0.5 / 64
+
+
+@ISAS
+def test_threads_share_the_rows_and_each_has_its_own_scratch(isa: str) -> None:
+    rows, step = np.arange(5 * 20, dtype=np.float32).reshape(5, 20), 4 * 32 * 2 + 64
+    records, scratch = buffer(5 * 88), buffer(2 * step, 0x7F)
+    Kernels(isa, sample.emit_choose).run(
+        "choose", np.zeros(1, np.int64), 2, logits=address(rows), stride=80, vocabulary=20, records=address(records),
+        record_bytes=88, scratch=address(scratch), scratch_step=step, count=5,
+    )  # fmt: skip
+    assert records.view(np.int64).reshape(5, 11)[:, 5].tolist() == [19] * 5
+    lasting = scratch.view(np.float32).reshape(2, -1)
+    assert np.array_equal(lasting[:, :20], rows[[1, 4]]) and np.isneginf(lasting[:, 20:32]).all()
+    assert (lasting[:, 64:].view(np.int32) == 0x7F7F7F7F).all()
 
 
 def test_neon_code_is_emitted_on_any_processor() -> None:
