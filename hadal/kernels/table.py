@@ -69,13 +69,14 @@ def kernel_table(backend: str | KernelTable = "auto") -> KernelTable:
 @cache
 def _cpu() -> KernelTable:
     """The fused table with emitted kernels where they fit."""
-    from hadal.kernels.cpu import table
+    from hadal.kernels.cpu import table, table_rows
     from hadal.kernels.cpu.target import detect
 
     isa, reason = detect()
     if isa is None:
         raise KernelError(f"the kernel backend 'cpu' cannot run here: {reason}; choose 'auto'")
-    twins = {f.name: getattr(table, f.name) for f in fields(KernelTable) if hasattr(table, f.name)}
+    modules = (table, table_rows)
+    twins = {f.name: getattr(m, f.name) for f in fields(KernelTable) for m in modules if f.name in vars(m)}
     return replace(_fused(), name="cpu", **twins)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hadal.kernels.cpu import matmul, rounding
+from hadal.kernels.cpu import listed, matmul, rounding, sites
 from hadal.kernels.cpu.memory import Scratch, address
 from hadal.kernels.cpu.program import WORD, KernelModule
 from hadal.kernels.cpu.target import CpuError, Isa, Library, detect
@@ -137,6 +137,8 @@ def _compiled(isa: Isa) -> tuple[dict[str, int], dict[str, list[str]]]:
     for form in forms:
         matmul.emit_products(module, form, "bf16")
     matmul.emit_products(module, "bf16", "f32")
+    sites.emit_sites(module)
+    listed.emit_listed(module)
     library = Library(module.text(), isa)
     _libraries.append(library)
     return {name: library.address(name) for name in module.arguments}, module.arguments

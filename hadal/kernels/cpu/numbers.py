@@ -108,6 +108,11 @@ def widen_bf16(f: Function, words: Value) -> Value:
     return (words.bits(vec(count, I16)).zext(vec(count, I32)) << 16).bits(vec(count, F32))
 
 
+def through_bf16(f: Function, x: Value) -> Value:
+    """FP32 values rounded to BF16, as FP32."""
+    return widen_bf16(f, round_bf16(f, x))
+
+
 def largest(f: Function, values: Sequence[Value]) -> Value:
     """The largest magnitude in any lane of some vectors."""
     top = f.unary("fabs", values[0])

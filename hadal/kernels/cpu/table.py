@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hadal.kernels.cpu.call import Call, calling, real, row_chunks
@@ -21,34 +22,33 @@ from hadal.kernels.fused import moe as fused
 from hadal.kernels.fused.grad import wants_grad
 from hadal.kernels.numerics import Numerics
 from hadal.kernels.reference import dense as reference
+from hadal.kernels.reference import moe
 from hadal.kernels.reference.dense import Weight
-from hadal.kernels.reference.moe import roots_of_softplus
+from hadal.quant import PackedWeight, fake_quant_fp8
 
 
 def linear(x: Tensor, weight: Weight, num: Numerics, *, quantise_input: bool) -> Tensor:
     """As the reference."""
-    panels = panels_of(weight) if num.matmul is None and _fits(x, weight) else None
-    if panels is None:
+    if num.matmul is not None or not _fits(x, weight):
         return reference.linear(x, weight, num, quantise_input=quantise_input)
-    return _product(x, panels, weight.shape[0], torch.bfloat16, quantised=quantise_input)
+    return _product(x, weight, torch.bfloat16, quantised=quantise_input)
 
 
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
-    """As the reference; BF16 rows by a weight whose values are BF16 numbers need no wider product."""
-    panels = panels_of(weight) if _fits(x, weight) else None
-    if panels is None:
-        return reference.linear_f32(x, weight)
-    return _product(x, panels, weight.shape[0], torch.float32, quantised=False)
+    """As the reference."""
+    return _product(x, weight, torch.float32) if _fits(x, weight) else reference.linear_f32(x, weight)
 
 
 def linear_groups(x_TGI: Tensor, weight: Weight, num: Numerics) -> Tensor:
     """As the reference."""
     count, groups, width = x_TGI.shape
     rank = weight.shape[0] // groups
-    fits = num.matmul is None and rank % PANEL == 0 and _fits(x_TGI, weight)
-    panels = panels_of(weight) if fits else None
-    if panels is None:
+    if num.matmul is not None or not _fits(x_TGI, weight):
         return reference.linear_groups(x_TGI, weight, num)
+    panels = panels_of(weight) if rank % PANEL == 0 else None
+    if panels is None:
+        parts = zip(x_TGI.unbind(1), _wide(weight).split(rank), strict=True)
+        return torch.cat([_dots(x, w) for x, w in parts], dim=1).bfloat16()
     out_TE = torch.empty(count, groups * rank, dtype=torch.bfloat16)
     each = rank // PANEL
     with calling() as call:
@@ -63,7 +63,13 @@ def linear_groups(x_TGI: Tensor, weight: Weight, num: Numerics) -> Tensor:
 
 def affinities(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """As the reference."""
-    return roots_of_softplus(linear_f32(x_TD, weight_ED))
+    if not _fits(x_TD, weight_ED):
+        return moe.affinities(x_TD, weight_ED)
+    logits = linear_f32(x_TD, weight_ED).contiguous()
+    scores = F.pad(logits.flatten(), (0, -logits.numel() % 16))
+    with calling() as call:
+        call.job("affinity", values=scores.data_ptr(), chunks=len(scores) // 16)
+    return scores[: logits.numel()].view_as(logits)
 
 
 def swiglu(
@@ -169,9 +175,12 @@ def _experts(
     call.product(back.form, "bf16", each, hidden, out, panels=back.count, blocks=back.blocks)
 
 
-def _product(x: Tensor, panels: Panels, columns: int, dtype: torch.dtype, *, quantised: bool) -> Tensor:
-    """Rows by one matrix, in BF16 or FP32."""
-    rows = x.reshape(-1, x.shape[-1])
+def _product(x: Tensor, weight: Weight, dtype: torch.dtype, *, quantised: bool = False) -> Tensor:
+    """Rows by one matrix, in BF16 or FP32; BF16 rows by a weight of BF16 numbers need no wider product."""
+    rows, columns, panels = x.reshape(-1, x.shape[-1]), weight.shape[0], panels_of(weight)
+    if panels is None:
+        out = _dots(fake_quant_fp8(rows, reference.ACTIVATION_GROUP) if quantised else rows, _wide(weight))
+        return out.to(dtype).view(*x.shape[:-1], columns)
     out = torch.empty(len(rows), PANEL * panels.count, dtype=dtype)
     groups = [(panels.address, *span) for span in row_chunks(len(rows))]
     with calling() as call:
@@ -183,10 +192,25 @@ def _product(x: Tensor, panels: Panels, columns: int, dtype: torch.dtype, *, qua
     return _cut(out, columns).view(*x.shape[:-1], columns)
 
 
+def _dots(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Rows by a weight in FP32 that has no panels, FP32 [R, N]."""
+    x, out = x_RK.contiguous(), torch.empty(len(x_RK), len(weight_NK))
+    with calling() as call:
+        call.job(
+            "dots", rows=x.data_ptr(), row_stride=2 * x.shape[1], weight=weight_NK.data_ptr(), columns=x.shape[1],
+            outputs=len(weight_NK), squares=0, out=out.data_ptr(), out_row=4 * out.shape[1], out_column=4, count=len(x),
+        )  # fmt: skip
+    return out
+
+
+def _wide(weight: Weight) -> Tensor:
+    return (weight.dense() if isinstance(weight, PackedWeight) else weight).float().contiguous()
+
+
 def _fits(x: Tensor, *weights: Weight) -> bool:
     """Whether the kernels take these rows; `panels_of` judges the weights."""
     usable = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > 0
-    return usable and not x.shape[-1] % BLOCK and not wants_grad(x, *weights)
+    return usable and not x.shape[-1] % 16 and not wants_grad(x, *weights)
 
 
 def _place(rows: Tensor) -> tuple[int, int]:
