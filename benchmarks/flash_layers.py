@@ -11,6 +11,7 @@ times, each taken as often as its kind occurs, and the head's; embedding and sam
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from hadal.config import ModelConfig, preset
 from hadal.kernels.cpu import runner as cpu_runner
-from hadal.kernels.cpu.memory import Packing
+from hadal.kernels.cpu.packed import Packing
 from hadal.kernels.cpu.target import detect
 from hadal.kernels.cpu.weights import Plan, plan_packing
 from hadal.model import Model
@@ -122,11 +123,17 @@ def _repeat_experts(config: ModelConfig, lookup: Any) -> Plan:
 
 
 def _repeated(item: Packing, single: Packing) -> Packing:
-    def write(out: Tensor) -> None:
-        single.write(out[: single.nbytes])
-        out.view(-1, single.nbytes)[1:] = out[: single.nbytes]
+    made = torch.empty(0, dtype=torch.uint8)
 
-    return Packing(item.name, item.nbytes, write)
+    def write(out: Tensor, part: int) -> None:
+        nonlocal made
+        if not part:
+            single.write(out, 0)
+            made = out
+        else:
+            out[:] = made
+
+    return dataclasses.replace(item, write=write)
 
 
 class _RandomWeights:

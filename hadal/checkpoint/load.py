@@ -5,9 +5,11 @@ Nothing in a checkpoint is executed; files are read as configuration, headers an
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from hadal import device as devices
 from hadal.checkpoint.names import TensorSpec
-from hadal.checkpoint.safetensors import CheckpointError
+from hadal.checkpoint.safetensors import CheckpointError, MappedFiles
 from hadal.checkpoint.source import Checkpoint, open_checkpoint
 from hadal.kernels import KernelTable
 from hadal.kernels.cpu import unsupported
@@ -37,6 +39,8 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Unquantised parameters used in the carrier's type; all others (norms, gate, mHC, compressor, head) compute in FP32.
 _CARRIED = ("embed", "weights_proj", "markov_w1", "markov_w2", "confidence")
+
+Value = Tensor | PackedWeight | Sequence[Tensor | PackedWeight]
 
 _sources: WeakKeyDictionary[nn.Module, Checkpoint] = WeakKeyDictionary()
 
@@ -64,6 +68,7 @@ def load_model(
     fake_quant: bool | Literal["auto"] = "auto",
     backend: str | KernelTable = "auto",
     weights: Literal["auto", "packed", "dense"] = "auto",
+    expert_memory: int | None = None,
 ) -> Model:
     """Load a model; every header is checked before a weight is read, and each weight is read once, layer by layer.
 
@@ -77,6 +82,8 @@ def load_model(
     `cpu`; float32 has none. `backend` "auto" takes them where they exist (`hadal.kernels.cpu.unsupported` says why
     not), keeps weights packed for them and leaves them out for dense ones; "cpu" takes them or raises; "reference" and
     "fused" ask for plain torch, which expands weights where that takes less than half of the device's free memory.
+    Where emitted kernels run the whole model its parameters are read-only, and of the routed experts no more than
+    `expert_memory` bytes are held in memory (None: as many as fit), the others stay on disk.
     Raises CheckpointError, ConfigError or DeviceError, one sentence each.
     """
     target = devices.resolve(device)
@@ -87,6 +94,10 @@ def load_model(
         raise CheckpointError(f"weights is {weights!r}; choose 'auto', 'packed' or 'dense'")
     checkpoint = open_checkpoint(locate_model(path_or_repo_or_name))
     kernels = _emitted_kernels(checkpoint, target, dtype, carrier, fake_quant, backend, weights)
+    if kernels == "runner":
+        checkpoint = dataclasses.replace(checkpoint, files=MappedFiles(writable=False))
+    elif expert_memory is not None:
+        raise CheckpointError("expert_memory is for models that emitted CPU kernels run as a whole; leave it out here")
     numerics = Numerics(
         dtype=carrier,
         fake_quant=carrier == torch.bfloat16 if fake_quant == "auto" else fake_quant,
@@ -109,9 +120,9 @@ def load_model(
     model.identity = checkpoint.identity()
     if kernels == "runner":
         try:
-            model.runner = build_runner(model, model.identity)
+            model.runner = build_runner(model, model.identity, expert_memory, checkpoint.files.forget)
         except PackError as error:
-            if backend == "cpu":
+            if backend == "cpu" or expert_memory is not None:
                 raise _without_kernels(error) from error
             return load_model(checkpoint.path, device, dtype, fake_quant, "fused")
     return model
@@ -156,7 +167,7 @@ def source_of(model: Model) -> Checkpoint | None:
     return _sources.get(model)
 
 
-def place_parameter(model: nn.Module, path: str, value: Tensor | PackedWeight | list[PackedWeight]) -> None:
+def place_parameter(model: nn.Module, path: str, value: Value) -> None:
     """Put a value in the place of the parameter or buffer at an attribute path; shapes must agree."""
     owner_path, _, name = path.rpartition(".")
     owner = model.get_submodule(owner_path)
@@ -183,15 +194,18 @@ def carried_dtype(spec: TensorSpec, carrier: torch.dtype) -> torch.dtype:
 
 def _value(
     checkpoint: Checkpoint, specs: list[TensorSpec], carrier: torch.dtype | None, device: torch.device, *, packed: bool
-) -> Tensor | PackedWeight | list[PackedWeight]:
+) -> Value:
     """What fills a parameter; without a `carrier` unpacked weights stay in the type they are stored in."""
-    stored = (checkpoint.weight(spec) for spec in specs)
+    # What the kernels take is checked when it is packed: a start with packed weights reads none of these.
+    stored = (checkpoint.weight(spec, check_scales=carrier is not None) for spec in specs)
     if packed and specs[0].dtype in ("I8", "F8_E4M3"):
         kept = [weight.to(device) for weight in stored if isinstance(weight, PackedWeight)]
         return kept[0] if specs[0].expert is None else kept
     dtype = _STORED[specs[0].dtype] if carrier is None else carried_dtype(specs[0], carrier)
     if specs[0].expert is None:
         return _expand(next(stored), dtype).to(device)
+    if carrier is None:
+        return [weight for weight in stored if isinstance(weight, Tensor)]
     stack = torch.empty(len(specs), *specs[0].matrix_shape, dtype=dtype, device=device)
     for row, weight in zip(stack, stored, strict=True):
         row.copy_(_expand(weight, dtype))

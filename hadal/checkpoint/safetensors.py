@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import struct
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,13 @@ def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -
 
 
 class MappedFiles:
-    """Zero-copy views of tensors; every file is mapped once, privately, and stays mapped while views of it live."""
+    """Zero-copy views of tensors; every file is mapped once, privately, and stays mapped while views of it live.
 
-    def __init__(self) -> None:
+    Views that are not `writable` can be forgotten, and however large they are count as nobody's memory.
+    """
+
+    def __init__(self, writable: bool = True) -> None:
+        self.writable = writable
         self._maps: dict[Path, mmap.mmap] = {}
 
     def view(self, entry: Entry) -> Tensor:
@@ -155,11 +160,24 @@ class MappedFiles:
             return torch.empty(entry.shape, dtype=_TORCH[entry.dtype])
         if entry.file not in self._maps:
             with entry.file.open("rb") as stream:
-                self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = torch.frombuffer(self._maps[entry.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+                access = mmap.ACCESS_COPY if self.writable else mmap.ACCESS_READ
+                self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=access)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            data = torch.frombuffer(self._maps[entry.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
         if data.data_ptr() % DTYPE_BYTES[entry.dtype]:
             data = data.clone()
         return data.view(_TORCH[entry.dtype]).view(entry.shape)
+
+    def forget(self) -> None:
+        """Give back the memory of what has been read; views read it again when they are used."""
+        assert not self.writable
+        for file, mapped in self._maps.items():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                with file.open("rb") as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class FileWriter:

@@ -48,7 +48,7 @@ class Checkpoint:
     dense_format: WeightFormat
     headers: dict[str, Header]  # by file name
     entries: dict[str, Entry]  # by official tensor name
-    _files: MappedFiles = field(default_factory=MappedFiles, repr=False)
+    files: MappedFiles = field(default_factory=MappedFiles, repr=False)
 
     @cached_property
     def table(self) -> tuple[TensorSpec, ...]:
@@ -56,17 +56,17 @@ class Checkpoint:
         formats: dict[str, Any] = {"expert_format": self.expert_format, "dense_format": self.dense_format}
         return tuple(tensor_table(self.config, **formats))
 
-    def weight(self, spec: TensorSpec) -> Tensor | PackedWeight:
+    def weight(self, spec: TensorSpec, *, check_scales: bool = True) -> Tensor | PackedWeight:
         """The weight `spec` as stored, without a copy; CheckpointError when a scale is NaN or an expert unknown."""
         assert spec.role == "weight", spec.name
-        stored = self._files.view(self.entries[spec.name])
+        stored = self.files.view(self.entries[spec.name])
         if spec.dtype == "I64":
             self._check_experts(spec, stored)
         if spec.dtype not in ("I8", "F8_E4M3"):
             return stored
         entry = self.entries[spec.scale_name]
-        scales = self._files.view(entry)
-        if int(scales.view(torch.uint8).max()) == 255:
+        scales = self.files.view(entry)
+        if check_scales and int(scales.view(torch.uint8).max()) == 255:
             raise CheckpointError(f"{entry.file}: scale {spec.scale_name} holds NaN (byte 255); fetch the file again")
         if spec.dtype == "I8":
             return PackedWeight("fp4", stored.view(torch.uint8), scales, spec.matrix_shape)

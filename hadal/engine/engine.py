@@ -97,9 +97,7 @@ class Engine:
         folder, disk = self.options.prefix_folder, None
         if folder is not None:
             disk = DiskStore(folder, model.state_key, self.options.prefix_disk)
-        return PrefixStore(
-            memory_bytes=self.plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk
-        )
+        return PrefixStore(memory_bytes=self.plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk)
 
     def close(self) -> None:
         """Write what waits to be kept on disk; the engine is of no use afterwards."""

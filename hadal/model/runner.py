@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hadal.kernels.cpu.runner import CpuRunner
@@ -12,9 +13,15 @@ if TYPE_CHECKING:
     from hadal.model.transformer import Model
 
 
-def build_runner(model: Model, identity: str | None = None) -> CpuRunner:
+def build_runner(
+    model: Model,
+    identity: str | None = None,
+    expert_memory: int | None = None,
+    release: Callable[[], None] | None = None,
+) -> CpuRunner:
     """Pack a model's weights and compile its kernels; `identity` names its files, to keep the packed weights on disk.
 
+    `expert_memory` (bytes) bounds the experts in memory; `release` gives back the memory of weights that were read.
     Raises CpuError where this machine has no kernels and PackError for weights without a packed form.
     """
     isa, reason = detect()
@@ -29,4 +36,4 @@ def build_runner(model: Model, identity: str | None = None) -> CpuRunner:
         owner, _, name = path.rpartition(".")
         return getattr(model.get_submodule(owner), name)
 
-    return CpuRunner(model.config, isa, lookup, regimes, identity)
+    return CpuRunner(model.config, isa, lookup, regimes, identity, expert_memory, release)

@@ -73,6 +73,22 @@ def test_views_share_the_mapping_and_never_write_to_the_file(tmp_path: Path) -> 
     assert (tmp_path / "f").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("error")
+def test_views_that_are_read_only_can_be_forgotten(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(1 << 18)}, tmp_path / "f")
+    files = MappedFiles(writable=False)
+    view = files.view(read_header(tmp_path / "f").entries["a"])
+
+    def resident() -> int:
+        parts = Path("/proc/self/smaps").read_text().split(str(tmp_path))[1:]
+        return sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+    for _ in range(2):
+        assert view.equal(torch.arange(1 << 18)) and resident() >= 2048
+        files.forget()
+        assert resident() == 0
+
+
 def test_unaligned_tensors_are_readable(tmp_path: Path) -> None:
     header = {
         "b": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},

@@ -39,6 +39,14 @@ class Part(NamedTuple):
     end: int
 
 
+class ExpertJobs(NamedTuple):
+    """Before job `grouped` the rows of a layer are grouped by expert, jobs `begin` to `end` multiply the groups."""
+
+    grouped: int
+    begin: int
+    end: int
+
+
 class Space:
     """Rows of a step's intermediate values."""
 
@@ -68,6 +76,8 @@ class JobList:
         self.head_group = np.array([1, 0, 0, 0], np.int64)
         groups = [word for g in range(config.o_groups) for word in (g, 0, 0)]
         self.output_groups = np.array([config.o_groups, *groups], np.int64)
+        self.expert_groups = np.zeros(1 + 3 * shapes.experts, np.int64)
+        self.experts: list[ExpertJobs] = []
         self.sites: dict[tuple[int, str], tuple[int, int]] = {}  # jobs from a site's input to its output
         self.main = self.draft = Part(0, 0, 0)
         self.logits_width = 0

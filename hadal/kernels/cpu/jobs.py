@@ -16,7 +16,7 @@ from torch import Tensor
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels.cpu import indexer, int8, matmul, route, rows
 from hadal.kernels.cpu.emission import compiled_kernels, epilogue_of
-from hadal.kernels.cpu.joblist import LINE, JobList, Part, Place, Space
+from hadal.kernels.cpu.joblist import LINE, ExpertJobs, JobList, Part, Place, Space
 from hadal.kernels.cpu.layout import LayerPlace, Places, Shapes, tail_shape
 from hadal.kernels.cpu.memory import address
 from hadal.kernels.cpu.target import Isa
@@ -45,7 +45,7 @@ class _Builder:
         self.ones = jobs.hold(torch.ones(jobs.max_rows + 64))
         self.selected = jobs.rows("selected", (s.topk + 16) * 4)
         self.counts = self._table(jobs.max_rows * 8)
-        self.groups = self._table((1 + 3 * s.experts) * 8)
+        self.groups = address(jobs.expert_groups)
 
     def _table(self, nbytes: int) -> int:
         return self.jobs.hold(torch.zeros(nbytes, dtype=torch.uint8))
@@ -66,11 +66,12 @@ class _Builder:
         panels = panels or matrix.panels
         form = "int8" if integers else matrix.form
         self.jobs.add(
-            f"product_{form}_{epilogue_of(name)}", barrier=barrier, weight=self.packed[name],
-            weight_step=panels * matrix.nbytes // matrix.panels, rows=source.address, row_stride=source.stride,
-            row_step=row_step, out=out.address, out_stride=out.stride, out_step=out_step, panels=panels,
-            blocks=matrix.blocks, groups=groups if isinstance(groups, int) else address(groups), scratch="scratch",
-            scratch_step="scratch_step", mixing=mixing, limit=float(self.config.swiglu_limit),
+            f"product_{form}_{epilogue_of(name)}", barrier=barrier,
+            weight=self.packed[matrix.place or name] + matrix.offset,
+            weight_step=matrix.step or panels * matrix.nbytes // matrix.panels, rows=source.address,
+            row_stride=source.stride, row_step=row_step, out=out.address, out_stride=out.stride, out_step=out_step,
+            panels=panels, blocks=matrix.blocks, groups=groups if isinstance(groups, int) else address(groups),
+            scratch="scratch", scratch_step="scratch_step", mixing=mixing, limit=float(self.config.swiglu_limit),
         )  # fmt: skip
 
     def output(self, name: str, matrix: str) -> Space:
@@ -243,6 +244,7 @@ class _Builder:
             scale=float(self.config.routed_scaling_factor),
         )  # fmt: skip
         jobs.add("group", ids=self.ids, groups=self.groups, slots=self.slots)
+        grouped = jobs.count
         into, back = f"{at}ffn.experts.in", f"{at}ffn.experts.w2"
         integers = self.plan.matrices[into].form == "fp4" and not jobs.isa.amx
         rows_in = int8.record_bytes(s.hidden) if integers else s.hidden * 2
@@ -252,6 +254,7 @@ class _Builder:
                  out=gathered.address, out_stride=gathered.stride, mixing=self.mixing,
                  lines=-(-rows_in // LINE))  # fmt: skip
         hidden = jobs.rows("expert_hidden", -(-width // 32) * 64, self.slot_rows)
+        begin = jobs.count
         self.product(into, gathered, hidden, self.groups, mixing=self.mixing, integers=integers)
         out = jobs.rows("expert_out", self.plan.matrices[back].panels * 128, self.slot_rows)
         self.product(f"{at}ffn.shared.w2", shared, self.output("shared_out", f"{at}ffn.shared.w2"),
@@ -259,6 +262,7 @@ class _Builder:
         if integers:
             hidden = self.records("hidden_records", hidden, back, self.groups, self.slot_rows)
         self.product(back, hidden, out, self.groups, integers=integers)
+        jobs.experts.append(ExpertJobs(grouped, begin, jobs.count))
 
     def records(
         self, name: str, source: Space, matrix: str, groups: int | None = None, count: int | None = None

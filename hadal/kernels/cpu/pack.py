@@ -119,7 +119,7 @@ def _fill_fp4(
 def _checked(weight: PackedWeight, group: tuple[int, int], magnitude: int) -> Tensor:
     """Scale bytes of groups of [rows, code bytes]; where a group is all zeros, any other becomes that of 1.
 
-    Raises PackError for another scale that would take a value out of BF16's normal numbers.
+    Raises PackError for another scale that would take a value out of BF16's normal numbers, and for NaN.
     """
     low, high = _SCALES[weight.format]
     scales = weight.scales.view(torch.uint8)
@@ -129,6 +129,6 @@ def _checked(weight: PackedWeight, group: tuple[int, int], magnitude: int) -> Te
     filled = (weight.codes.view(torch.uint8) & magnitude) != 0
     padded = torch.nn.functional.pad(filled, (0, -filled.shape[1] % group[1], 0, -filled.shape[0] % group[0]))
     used = padded.view(scales.shape[0], group[0], scales.shape[1], group[1]).any(3).any(1)
-    if (outside & used).any():
+    if (outside & used).any() or (scales == 255).any():
         raise PackError(f"a scale of an {weight.format.upper()} weight lies outside 2^{low - 127} to 2^{high - 127}")
     return scales.masked_fill(outside, 127)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import add
 from typing import NamedTuple
@@ -24,8 +24,9 @@ from hadal.kernels.cpu.emission import source_digest
 from hadal.kernels.cpu.joblist import JobList, Part
 from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
-from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer, packed_weights
+from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer
 from hadal.kernels.cpu.program import WORD
+from hadal.kernels.cpu.residency import place_weights
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
 from hadal.kernels.cpu.weights import Lookup, plan_packing
@@ -52,11 +53,19 @@ class CpuRunner:
     """Runs one model on one instruction set; not thread-safe, like the engine above it.
 
     `frequencies` are the rotary frequencies [R/2] of plain and of compressed layers. With an `identity` of the
-    checkpoint the packed weights are kept on disk.
+    checkpoint the packed weights are kept on disk, and of the experts no more than `expert_memory` bytes in memory;
+    `release` gives back memory of weights that have been read.
     """
 
     def __init__(
-        self, config: ModelConfig, isa: Isa, lookup: Lookup, frequencies: Sequence[Tensor], identity: str | None
+        self,
+        config: ModelConfig,
+        isa: Isa,
+        lookup: Lookup,
+        frequencies: Sequence[Tensor],
+        identity: str | None,
+        expert_memory: int | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.isa = config, isa
         self.shapes = Shapes.of(config)
@@ -67,7 +76,7 @@ class CpuRunner:
         wanted = ROWS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
         self.max_rows = min(max(wanted, MAX_ROWS), MOST_ROWS)
         plan = plan_packing(config, lookup)
-        packed, self._held = packed_weights(plan.items, identity)
+        packed, self._held, self.residency = place_weights(config, plan.items, identity, lookup, expert_memory, release)
         self._team = team(isa)
         self._jobs: JobList = build_jobs(
             config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, self.max_rows
@@ -276,7 +285,11 @@ class CpuRunner:
         return self._jobs.space["streams"].rows(rows, n * d).view(rows, n, d)
 
     def _run(self, begin: int, end: int) -> None:
-        self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+        if self.residency is None:
+            self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+        else:
+            ids = self._words[: self._jobs.plain_group[3]]
+            self.residency.run(self._team, self._jobs, begin, end, self._step, ids)
 
     def _taps(self, rows: int) -> list[Tensor]:
         width = len(self.config.dspark_target_layer_ids) * self.shapes.hidden

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels.cpu.matmul import BLOCK, PANEL, Format, panel_bytes
-from hadal.kernels.cpu.memory import Packing
 from hadal.kernels.cpu.pack import Weight, form_of, pack, pack_pair, packed_bytes
+from hadal.kernels.cpu.packed import PAGE, Packing
 from hadal.quant import quantise_fp4
 
 Lookup = Callable[[str], Any]  # a Tensor, a PackedWeight, or a list of them for experts
@@ -23,13 +23,18 @@ Lookup = Callable[[str], Any]  # a Tensor, a PackedWeight, or a list of them for
 
 @dataclass(frozen=True)
 class Matrix:
-    """A packed matrix, or a stack of equal ones: form, output columns, input columns."""
+    """A packed matrix, or a stack of equal ones: form, output columns, input columns.
+
+    It lies `offset` bytes into the packing `place`, its own by default, those of a stack `step` bytes apart.
+    """
 
     name: str
     form: Format
     rows: int
     columns: int
-    count: int = 1
+    place: str = ""
+    offset: int = 0
+    step: int = 0
 
     @property
     def panels(self) -> int:
@@ -68,7 +73,7 @@ def plan_packing(config: ModelConfig, lookup: Lookup) -> Plan:
         # Drafts need not be exact, and reading the head is most of what a draft costs.
         head, shape = lookup("head"), Matrix("draft.0.head", "fp4", config.vocab_size, config.hidden_size)
         plan.matrices[shape.name] = shape
-        plan.items.append(Packing(shape.name, shape.nbytes, lambda out: pack(quantise_fp4(head), out)))
+        plan.items.append(Packing(shape.name, shape.nbytes, lambda out, _: pack(quantise_fp4(head), out)))
     return plan
 
 
@@ -99,7 +104,7 @@ def _add(plan: Plan, name: str, parts: Sequence[Weight]) -> None:
     form = form_of(parts[0])
     rows, columns = sum(p.shape[0] for p in parts), parts[0].shape[1]
 
-    def write(out: Tensor) -> None:
+    def write(out: Tensor, _: int) -> None:
         dense = [p.to(torch.bfloat16) for p in parts if isinstance(p, Tensor)]
         pack(torch.cat(dense) if len(parts) > 1 else parts[0], out)
 
@@ -112,25 +117,21 @@ def _add_pair(plan: Plan, name: str, lookup: Lookup) -> None:
     form, (width, hidden) = form_of(w1), w1.shape
     into = Matrix(f"{name}.in", form, 2 * width, hidden)
     plan.matrices[into.name] = into
-    plan.items.append(Packing(into.name, into.nbytes, lambda out: pack_pair(w1, w3, out)))
+    plan.items.append(Packing(into.name, into.nbytes, lambda out, _: pack_pair(w1, w3, out)))
     _add(plan, f"{name}.w2", [w2])
 
 
 def _add_experts(plan: Plan, name: str, lookup: Lookup) -> None:
-    stacks = [lookup(f"{name}.{w}") for w in ("w1", "w2", "w3")]
-    w1, w2, w3 = stacks
-    form, (width, hidden), count = form_of(w1[0]), w1[0].shape, len(w1)
-    into = Matrix(f"{name}.in", form, 2 * width, hidden, count)
-    back = Matrix(f"{name}.w2", form, hidden, width, count)
+    """Both matrices of an expert lie together, so that one read fetches it."""
+    w1, w2, w3 = (lookup(f"{name}.{w}") for w in ("w1", "w2", "w3"))
+    form, (width, hidden) = form_of(w1[0]), w1[0].shape
+    into, back = -(-packed_bytes(form, 2 * width, hidden) // 64) * 64, packed_bytes(form, hidden, width)
+    step = -(-(into + back) // PAGE) * PAGE
+    plan.matrices[f"{name}.in"] = Matrix(f"{name}.in", form, 2 * width, hidden, name, 0, step)
+    plan.matrices[f"{name}.w2"] = Matrix(f"{name}.w2", form, hidden, width, name, into, step)
 
-    def write_in(out: Tensor) -> None:
-        for e, part in enumerate(out.view(count, into.nbytes)):
-            pack_pair(w1[e], w3[e], part)
+    def write(out: Tensor, e: int) -> None:
+        pack_pair(w1[e], w3[e], out[:into])
+        pack(w2[e], out[into : into + back])
 
-    def write_back(out: Tensor) -> None:
-        for e, part in enumerate(out.view(count, back.nbytes)):
-            pack(w2[e], part)
-
-    for matrix, write in ((into, write_in), (back, write_back)):
-        plan.matrices[matrix.name] = matrix
-        plan.items.append(Packing(matrix.name, count * matrix.nbytes, write))
+    plan.items.append(Packing(name, step, write, len(w1)))

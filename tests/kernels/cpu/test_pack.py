@@ -120,3 +120,7 @@ def test_groups_of_zeros_may_have_any_scale(form: str) -> None:
     assert int(quantised.scales.view(torch.uint8).min()) == 1  # what the quantisers give such a group
     found = unpacked(pack(quantised), form, 160, 288).flatten(0, 1)
     assert torch.equal(found[:160, :288], quantised.dense(torch.float32))
+    scales = quantised.scales.view(torch.uint8)
+    scales[scales == 1] = 255  # NaN
+    with pytest.raises(PackError, match="lies outside"):
+        pack(quantised)
