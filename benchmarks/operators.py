@@ -94,12 +94,12 @@ def indexer(isa: Isa) -> Iterator[dict[str, Any]]:
     state = runner.new_state()
     state.extend(1 << 20)
     place, random = runner.places.layers[0], np.random.default_rng(0)
-    groups, width = 2, runner.shapes.group_bytes
+    groups, width, codes = 2, runner.shapes.group_bytes, 8 * runner.shapes.index_dim
     for page in state.pages:
         for g in range(groups):
-            group = page[place.keys + g * width : place.keys + (g + 1) * width]
-            group[: width - 64] = random.integers(0, 256, width - 64, np.uint8)
-            group[width - 64 :].view(np.float32)[:] = 0.01
+            group = page.bytes.numpy()[place.keys + g * width : place.keys + (g + 1) * width]
+            group[:codes] = random.integers(0, 256, codes, np.uint8)
+            group[codes:] = random.integers(118, 120, width - codes, np.uint8)
     state.position = (1 << 20) - 1
     runner.logits(torch.tensor([1]), [1], [state], True)
     seconds = paired({"both": _job(runner, ["index_score", "index_select"])})

@@ -17,7 +17,7 @@ from hadal.kernels.cpu.numbers import cosine_sine, exp, largest, round_bf16
 from hadal.kernels.cpu.program import WORD, Kernel, KernelModule
 from hadal.kernels.cpu.rows import sum_squares
 from hadal.kernels.pages import PAGE_TOKENS
-from hadal.quant.formats import E4M3_RECIPROCAL
+from hadal.quant.formats import E2M1_RECIPROCAL, E4M3_RECIPROCAL
 
 Form = Literal["entries", "keys"]
 GROUP_KEYS = 16  # index keys of a group
@@ -27,8 +27,7 @@ COMPRESS = "projected projected_stride ape norm tail slots ratio overlap frequen
 KEEP = "projected projected_stride tail slots width"
 
 _VECTOR, _WORDS = vec(16, F32), vec(16, I32)
-_MIN_AMAX = 1e-4
-_SMALLEST_NORMAL = 2.0**-126
+_MIN_ENTRY_AMAX, _MIN_KEY_AMAX = 1e-4, 6 * 2.0**-126
 
 
 def emit_compress(module: KernelModule, shapes: Shapes, form: Form) -> None:
@@ -60,7 +59,7 @@ def emit_compress(module: KernelModule, shapes: Shapes, form: Form) -> None:
                     store_entry(f, shapes, pooled, f.at(part, inside * shapes.entry_bytes))
                 else:
                     group = f.at(part, inside / GROUP_KEYS * shapes.group_bytes)
-                    _store_key(f, shapes, pooled, group, inside % GROUP_KEYS)
+                    store_key(f, shapes, pooled, group, inside % GROUP_KEYS)
 
 
 def emit_keep_tail(module: KernelModule) -> None:
@@ -151,6 +150,17 @@ def rotate_pairs(f: Function, place: Value, cosine: Value, sine: Value) -> None:
         f.store(x.pick(order, y), place, i * 4 * count)
 
 
+def hadamard(f: Function, row: Value, dim: int) -> list[Value]:
+    """An FP32 row through the Walsh-Hadamard transform, 16 channels per value, with the sums of the plain butterfly."""
+    values = [f.load(_VECTOR, row, c) for c in range(0, dim * 4, 64)]
+    for step in (1, 2, 4, 8):
+        signs = f.const(_VECTOR, [-1 if lane & step else 1 for lane in range(16)])
+        values = [f.fma(v, signs, v.pick([lane ^ step for lane in range(16)])) for v in values]
+    for step in (1 << i for i in range((len(values) - 1).bit_length())):
+        values = [values[i ^ step] - v if i & step else v + values[i ^ step] for i, v in enumerate(values)]
+    return [v * dim**-0.5 for v in values]
+
+
 def store_entry(f: Function, shapes: Shapes, row: Value, to: Value) -> None:
     """A pooled row as the bytes of an entry, the values that `hadal.quant` rounds it to (spec architecture 2.9)."""
     codes = shapes.dim - shapes.rotary
@@ -160,46 +170,41 @@ def store_entry(f: Function, shapes: Shapes, row: Value, to: Value) -> None:
         f.store(f.const(I64, 0), scales, eight)
     for group in f.range(groups):
         values = [f.load(_VECTOR, row, (group * 4 + i) * 64) for i in range(4)]
-        amax = (largest(f, values).max(_MIN_AMAX) * E4M3_RECIPROCAL).bits(I32)
-        exponent = (amax + 0x7FFFFF) >> 23
-        f.store(exponent.trunc(I8), scales, group)
-        inverse = ((254 - exponent) << 23).bits(F32).spread(16)
+        inverse = _store_scale(f, largest(f, values).max(_MIN_ENTRY_AMAX) * E4M3_RECIPROCAL, f.at(scales, group))
         for i, value in enumerate(values):
-            f.store(_e4m3(f, value * inverse), to, group * QUANT_GROUP + 16 * i)
+            f.store(_codes(f, value * inverse, 4, 3), to, group * QUANT_GROUP + 16 * i)
     for c in f.range(shapes.rotary, 0, 16):
         f.store(round_bf16(f, f.load(_VECTOR, row, (c + codes) * 4)), to, c * 2 + codes)
 
 
-def _e4m3(f: Function, x: Value) -> Value:
-    """E4M3 codes of 16 values of at most 448, ties to even."""
-    sign, magnitude = (x.bits(_WORDS) >> 24) & 0x80, f.unary("fabs", x)
+def store_key(f: Function, shapes: Shapes, row: Value, group: Value, key: Value) -> None:
+    """A pooled row as one key of a key group, the values that `hadal.quant` rounds its transform to."""
+    dim = shapes.index_dim
+    values = hadamard(f, row, dim)
+    for i, value in enumerate(values):
+        if i % 2 == 0:
+            amax = largest(f, values[i : i + 2]).max(_MIN_KEY_AMAX) * E2M1_RECIPROCAL
+            inverse = _store_scale(f, amax, f.at(group, key + (8 * dim + 8 * i)))
+        words = _codes(f, value * inverse, 2, 1).bits(vec(4, I32))
+        for half in range(2):
+            pair = words.lane(2 * half) | (words.lane(2 * half + 1) << 4)
+            f.store(pair, f.at(group, key * 4), (2 * i + half) * 64)
+
+
+def _store_scale(f: Function, least: Value, to: Value) -> Value:
+    """Store the E8M0 byte of the smallest power of two that is at least `least`; its reciprocal in 16 lanes."""
+    exponent = (least.bits(I32) + 0x7FFFFF) >> 23
+    f.store(exponent.trunc(I8), to)
+    return ((254 - exponent) << 23).bits(F32).spread(16)
+
+
+def _codes(f: Function, x: Value, exponent: int, mantissa: int) -> Value:
+    """Codes of 16 values, no larger than the format's largest, in sign, exponent and mantissa bits; ties to even."""
+    shift, bias = 23 - mantissa, 128 - (1 << (exponent - 1))
+    sign, magnitude = (x.bits(_WORDS) >> 31) << (exponent + mantissa), f.unary("fabs", x)
     bits = magnitude.bits(_WORDS)
-    normal = ((bits + (((bits >> 20) & 1) + 0x7FFFF)) >> 20) - (120 << 3)
-    # 2^14 has its last bit at 2^-9, the step of the subnormal codes, so adding it rounds to them.
-    subnormal = (magnitude + 2.0**14).bits(_WORDS) & 0xF
-    return ((magnitude < 2.0**-6).choose(subnormal, normal) | sign).trunc(vec(16, I8))
-
-
-def int8_scale(f: Function, row: Value, dim: int) -> tuple[Value, Value]:
-    """The scale amax / 127 of an FP32 row, and the factor that brings the row to codes, in 16 lanes."""
-    top = f.var(f.const(_VECTOR, 0))
-    for c in f.range(dim * 4, 0, 64):
-        top.set(f.unary("fabs", f.load(_VECTOR, row, c)).max(top.get()))
-    amax = top.get().reduce("max")
-    scale = amax / 127.0
-    return scale, (scale < _SMALLEST_NORMAL).choose(f.const(F32, 0), 127.0 / amax).spread(16)
-
-
-def int8_codes(f: Function, values: Value, factor: Value) -> Value:
-    """16 int8 codes, ties to even."""
-    return f.unary("rint", values * factor).to_int(_WORDS).trunc(vec(16, I8))
-
-
-def _store_key(f: Function, shapes: Shapes, row: Value, group: Value, key: Value) -> None:
-    """A pooled row as one key of a key group."""
-    scale, factor = int8_scale(f, row, shapes.index_dim)
-    f.store(scale, f.at(group, key * 4), GROUP_KEYS * shapes.index_dim)
-    for c in f.range(shapes.index_dim, 0, 16):
-        words = int8_codes(f, f.load(_VECTOR, row, c * 4), factor).bits(vec(4, I32))
-        for i in range(4):
-            f.store(words.lane(i), f.at(group, key * 4), (c + 4 * i) * GROUP_KEYS)
+    normal = ((bits + (((bits >> shift) & 1) + ((1 << (shift - 1)) - 1))) >> shift) - (bias << mantissa)
+    smallest = 2.0 ** (bias - 126)
+    # A number whose last bit is the step of the subnormal codes: adding it rounds to them.
+    subnormal = (magnitude + smallest * 2.0**shift).bits(_WORDS) & ((2 << mantissa) - 1)
+    return ((magnitude < smallest).choose(subnormal, normal) | sign).trunc(vec(16, I8))

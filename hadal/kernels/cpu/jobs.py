@@ -186,11 +186,11 @@ class _Builder:
         tiles = jobs.rows("query_tiles", s.head_groups * s.dim * 32)
         regime = int(bool(layer.ratio))
         if csa:
-            self._index(layer)
+            self._index()
         jobs.add("heads", query=heads.address, query_stride=heads.stride, out=tiles.address, out_stride=tiles.stride,
                  regime=regime)  # fmt: skip
         if csa:
-            self._select(layer, place)
+            self._select(place)
         out = jobs.rows("attended", s.heads * s.dim * 2)
         selected = self.selected  # not looked at where topk is 0
         jobs.add(
@@ -208,7 +208,7 @@ class _Builder:
         )  # fmt: skip
         self.product(f"{at}attn.wo_b", joined, self.output("site_value", f"{at}attn.wo_b"), jobs.plain_group)
 
-    def _index(self, layer: LayerSpec) -> None:
+    def _index(self) -> None:
         jobs, space, s = self.jobs, self.jobs.space, self.shapes
         records = jobs.rows("index_queries", indexer.record_bytes(s))
         jobs.add(
@@ -217,13 +217,13 @@ class _Builder:
             out=records.address, out_stride=records.stride, regime=1, barrier=False,
         )  # fmt: skip
 
-    def _select(self, layer: LayerSpec, place: LayerPlace) -> None:
+    def _select(self, place: LayerPlace) -> None:
         jobs = self.jobs
         records, selected = jobs.space["index_queries"], self.selected
         jobs.add("index_score", queries=records.address, query_stride=records.stride, keys=place.keys,
-                 ratio=layer.ratio, scores="scores", scores_stride="scores_stride")  # fmt: skip
-        jobs.add("index_select", ratio=layer.ratio, scores="scores", scores_stride="scores_stride",
-                 selected=selected.address, selected_stride=selected.stride, selected_count=self.counts)  # fmt: skip
+                 scores="scores", scores_stride="scores_stride")  # fmt: skip
+        jobs.add("index_select", scores="scores", scores_stride="scores_stride", selected=selected.address,
+                 selected_stride=selected.stride, selected_count=self.counts)  # fmt: skip
 
     def _experts(self, at: str, layer: LayerSpec) -> None:
         jobs, s = self.jobs, self.shapes

@@ -8,7 +8,8 @@ window ring and the compressors' tails, a page the compressed entries and index 
   ring        `ring_blocks` key blocks; position p lies in block (p // 32) % ring_blocks, key p % 32
   tail        `slots` rows of [kv | score] FP32, the position bias not yet added; position p lies in row p % slots
   entry       D - R E4M3 codes, R BF16 rotary values, one E8M0 byte per 64 codes padded to 8 bytes: 584 at V4's sizes
-  key group   16 index keys: [Di/4][16 keys][4] int8 (two's complement), then 16 FP32 scales
+  key group   16 index keys: [Di/8][16 keys][4] bytes of E2M1 codes, of eight channels 0 to 3 in the low nibbles and the
+              others in the high ones, then [Di/32][16 keys] E8M0 bytes: 68 bytes per key at V4's sizes
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Shapes:
     @property
     def group_bytes(self) -> int:
         """Bytes of 16 index keys."""
-        return 16 * self.index_dim + 64
+        return 16 * (self.index_dim // 2 + self.index_dim // 32)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,14 @@ def address(array: np.ndarray | Tensor) -> int:
     return array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data
 
 
+def walsh(dim: int) -> np.ndarray:
+    """The orthonormal Walsh-Hadamard matrix in float64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < dim:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix * dim**-0.5
+
+
 class Kernels:
     """A compiled module; a job's threads run one after the other, as no kernel needs another thread's result."""
 
