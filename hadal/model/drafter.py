@@ -110,7 +110,6 @@ class MtpDrafter:
             going = [going[i] for i in on]
         return drafts
 
-    @torch.no_grad()
     def _follow(
         self, states: Sequence[SequenceState], starts: Sequence[int], lengths: Sequence[int], sources: list[int],
         ids: list[int], wanted: list[int],

@@ -181,7 +181,6 @@ class Model(nn.Module):
         ids = self._ids(token_ids)
         return self.logits_ragged(ids, [len(ids)], [state or self.new_state()], last_only=False)
 
-    @torch.no_grad()
     def logits_ragged(
         self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState], last_only: bool = True
     ) -> Tensor:
@@ -191,7 +190,6 @@ class Model(nn.Module):
         """
         return self._advance(token_ids_T, lengths, states, [1] * len(lengths) if last_only else lengths)[0]
 
-    @torch.no_grad()
     def advance(
         self, token_ids_T: Ids, lengths: Sequence[int], states: Sequence[SequenceState], wanted: Sequence[int]
     ) -> Tensor:

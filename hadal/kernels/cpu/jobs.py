@@ -337,4 +337,6 @@ def build_jobs(
         builder.layer(len(config.layers), "draft.0.", config.draft_layers[0], places.layers[-1])
         jobs.draft = builder.head(begun, "draft.0.")
     jobs.finish(library)
+    ends = [*(end for _, end in jobs.sites.values()), *jobs.main[1:], *jobs.draft[1:]]
+    assert all(jobs.table[end - 1, 2] for end in ends), "behind an end without a barrier a helper may still be at work"
     return jobs

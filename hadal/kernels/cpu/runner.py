@@ -25,7 +25,7 @@ from hadal.kernels.cpu.joblist import JobList, Part
 from hadal.kernels.cpu.jobs import build_jobs
 from hadal.kernels.cpu.layout import KEYS, SPAN, STEP, Shapes, place_layers
 from hadal.kernels.cpu.memory import CpuState, Scratch, address, buffer
-from hadal.kernels.cpu.program import WORD
+from hadal.kernels.cpu.program import JOB_WORDS, WORD
 from hadal.kernels.cpu.residency import place_weights
 from hadal.kernels.cpu.target import Isa
 from hadal.kernels.cpu.team import team
@@ -84,6 +84,7 @@ class CpuRunner:
         self._words = np.zeros(self.max_rows * (_ROW_ARRAYS + len(SPAN)), np.int64)
         self._words_address = address(self._words)
         self._step = np.zeros(len(STEP), np.int64)
+        self._step_address, self._table = address(self._step), address(self._jobs.table)
         self._rows = 0  # of the last pass
         self._angles = self._jobs.space["angles"].address
         self._indexed = any(layer.attention == "csa" for layer in config.layers)
@@ -286,7 +287,7 @@ class CpuRunner:
 
     def _run(self, begin: int, end: int) -> None:
         if self.residency is None:
-            self._team.run(self._jobs.table[begin:end], end - begin, self._step)
+            self._team.run_at(self._table + begin * (JOB_WORDS * WORD), end - begin, self._step_address)
         else:
             ids = self._words[: self._jobs.plain_group[3]]
             self.residency.run(self._team, self._jobs, begin, end, self._step, ids)

@@ -41,7 +41,7 @@ class Team:
         self._events: list[threading.Event] = []
         self._busy = threading.Lock()
         self._result, self._barrier = np.ones(2, np.int64), _words(_LINE)
-        self._addresses = self._barrier.ctypes.data, self._result.ctypes.data  # numpy takes long to tell one
+        self._addresses = self._barrier.ctypes.data, self._result.ctypes.data
         self._alone = self._patience = 0  # runs still to be made without helpers, and how many the last lateness cost
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._dismiss)
@@ -52,6 +52,10 @@ class Team:
         assert threads == 1 or not count or jobs[count - 1, 2], (
             "without a barrier at the end a helper may still be at work"
         )
+        return self.run_at(jobs.ctypes.data, count, step.ctypes.data, threads)
+
+    def run_at(self, jobs: int, count: int, step: int, threads: int | None = None) -> int:
+        """As `run`, for whoever knows the addresses; numpy takes long to tell them."""
         with self._busy:
             helpers = (torch.get_num_threads() if threads is None else threads) - 1
             if threads is None and self._alone:
@@ -62,9 +66,7 @@ class Team:
             for slot, event in zip(self._slots[:helpers], self._events, strict=False):
                 if not slot[0]:
                     event.set()
-            self._lead(
-                self._places_address, helpers, jobs.ctypes.data, count, step.ctypes.data, *self._addresses
-            )  # fmt: skip
+            self._lead(self._places_address, helpers, jobs, count, step, *self._addresses)
             if threads is None and self._result[0] > 1:
                 # A core that others need makes every barrier wait for the scheduler; alone the work is done sooner.
                 self._patience = min(2 * self._patience + 1, _MOST_ALONE) if self._result[1] else self._patience // 2

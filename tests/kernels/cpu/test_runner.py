@@ -293,13 +293,13 @@ def test_an_interrupted_step_leaves_a_state_that_goes_on(model: Model, monkeypat
     assert model.runner is not None
     ids = tokens(model, 6, 90)
     whole = model.logits(ids)
-    state, run = model.new_state(), model.runner._team.run
+    state, run = model.new_state(), model.runner._team.run_at
 
     def interrupted(*arguments: Any) -> None:
         run(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.runner._team, "run", interrupted)
+        patch.setattr(model.runner._team, "run_at", interrupted)
         model.logits(ids[:70], state)
     assert state.position == 70 and same_bits(model.logits(ids[70:], state), whole[70:])
