@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels import Numerics
+from hadal.kernels.cpu.emission import source_digest
 from hadal.kernels.cpu.target import detect
 from hadal.kernels.pages import PAGE_TOKENS, REWIND, SLACK, Page, PagePool
 from hadal.kernels.stored import RowForm, Shelf, StoredRows
@@ -190,8 +191,8 @@ class SequenceState:
 
 
 def state_key(*facts: object) -> str:
-    """A name for states that depend on these facts, computed by this machine's torch."""
-    here = (LAYOUT_VERSION, torch.__version__, torch.backends.cpu.get_cpu_capability(), detect()[1])
+    """A name for states that depend on these facts, computed by this machine's torch and these kernels."""
+    here = (LAYOUT_VERSION, torch.__version__, torch.backends.cpu.get_cpu_capability(), detect()[1], source_digest())
     return hashlib.sha256(repr((here, facts)).encode()).hexdigest()
 
 

@@ -149,7 +149,7 @@ class Model(nn.Module):
     def state_key(self) -> str:
         """Names everything that a state's bytes depend on besides its tokens."""
         facts = (self.config, self.numerics, self.ops.operators(), self.device.type, self.identity)
-        return state_key(*facts) if self.runner is None else str(cast(Any, self.runner).state_key)
+        return state_key(*facts) if self.runner is None else self.runner.state_key
 
     @cached_property
     def _state_plan(self) -> StatePlan:
@@ -326,7 +326,7 @@ class Model(nn.Module):
             x, routed = block(x, ids_T, batch, [s.layers[i] if s else None for s in states], trace)
             routing.append(routed)
             if i in self.config.dspark_target_layer_ids:
-                taps.append(x.float().mean(1).to(x.dtype))
+                taps.append((sum(x.float().unbind(1)) / x.shape[1]).to(x.dtype))
         return x, routing, torch.cat(taps, dim=-1) if taps else None
 
     def _mtp(
