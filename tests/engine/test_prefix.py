@@ -123,6 +123,16 @@ def test_a_snapshot_serves_up_to_eight_tokens_less_and_never_more() -> None:
     assert store.lookup([*tokens[:291], -1, 2]).length == 0
 
 
+def test_a_branch_beyond_a_block_border_does_not_hide_the_longer_one_before_it() -> None:
+    pool = make_pool()
+    store, tokens = make_store(pool), ids_of(33, 300)
+    branch = [*tokens[:130], *ids_of(34, 6)]
+    for stored in (branch, tokens[:135]):
+        store.put(stored, FakeState(pool, stored))
+    assert store.lookup(tokens).length == 135
+    assert store.lookup([*branch, 1]).length == 136
+
+
 def test_a_state_that_can_forget_less_serves_less() -> None:
     class Stiff(FakeState):
         rewindable = 2
