@@ -5,8 +5,8 @@
 
 Writes a random checkpoint in the official layout, 256 experts per layer and 6 per token as in V4-Flash, and runs it in
 two processes: one may use as much private memory (RLIMIT_DATA: heap, stacks and experts) as the limit says, and packs
-the weights under it; the other has no limit. Token ids are random, which is the worst case for keeping experts. Both
-print tokens per second, peak memory and a digest of all logits.
+the weights under it; the other has no limit. Token ids are random and so are the weights, which leaves little to keep.
+Both print tokens per second, peak memory and a digest of all logits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.0, help="GiB of private memory for the limited process")
     parser.add_argument("--experts", type=float, help="GiB of that for experts (default: half)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where checkpoint and packed weights go (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="a disk's folder for the files (default: temporary files')")
     parser.add_argument("--child", choices=("limited", "free"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -91,16 +91,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     rows.append(model.logits(ids[:PROMPT], state))
     prefilled = time.perf_counter() - began
-    if residency is not None:
-        residency.slots.asked = residency.slots.hits = 0
+    slots = None if residency is None else residency.slots
+    if slots is not None:
+        slots.asked = slots.hits = slots.bytes_read = 0
     began = time.perf_counter()
     rows += [model.logits(ids[i : i + 1], state) for i in range(PROMPT, len(ids))]
     decoded = time.perf_counter() - began
     facts = {"process": arguments.child, "load_s": round(loaded, 1), "peak_mb_after_load": after_load}
-    if residency is not None:
+    if residency is not None and slots is not None:
         facts |= {
             "estimate": str(residency.estimate), "expert_hits": round(residency.hit_rate, 3),
-            "read_gb": round(residency.slots.bytes_read / 1e9, 2),
+            "read_mb_per_token": round(slots.bytes_read / DECODED / 1e6, 1),
+            "expert_mb": slots.count * slots.nbytes >> 20,
         }  # fmt: skip
     return facts | {
         "prefill_tokens_per_s": round(PROMPT / prefilled, 1), "decode_tokens_per_s": round(DECODED / decoded, 2),

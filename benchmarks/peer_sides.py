@@ -2,8 +2,8 @@
 
     python peer_sides.py NAME PATH THREADS
 
-A request is a JSON line {"work": "prefill" | "decode" | "read" | "gemm", "tokens": n, "context": n, "steps": n}; the
-answer has CPU and wall seconds of the work alone, its amount (tokens, bytes, operations) and the process's peak memory.
+A request is a JSON line {"work": "prefill" | "decode" | "batch" | "read" | "gemm", "tokens": n, ...}; the answer has
+CPU and wall seconds of the work alone, its amount (tokens, bytes, operations) and the process's peak memory.
 """
 
 from __future__ import annotations
@@ -34,24 +34,44 @@ class AbsentError(Exception):
 
 @dataclass(frozen=True)
 class System:
-    """How to drive one system: `fresh(capacity)` begins a sequence, `feed(sequence, ids)` computes its next logits."""
+    """How to drive one system: `fresh(capacity)` begins a sequence, `feed(sequence, ids)` computes its next logits.
+
+    `begin(prompts)` begins several sequences of one length, `step(sequences, ids)` adds a token to each.
+    """
 
     vocabulary: int
     chunk: int
     fresh: Callable[[int], Any]
     feed: Callable[[Any, list[int]], object]
+    begin: Callable[[list[list[int]]], Any]
+    step: Callable[[Any, list[int]], object]
 
 
 def open_hadal(path: str) -> System:
     """Hadal as a user gets it: the official files, every setting left alone."""
     import hadal
+    from hadal.engine import Engine, SamplingParams
 
     model = hadal.load_model(path, device="cpu")
 
     def feed(state: Any, ids: list[int]) -> object:
         return model.logits_ragged(ids, [len(ids)], [state])
 
-    return System(model.config.vocab_size, 2048, lambda capacity: model.new_state(), feed)
+    def begin(prompts: list[list[int]]) -> Engine:
+        # The whole engine, which chooses its tokens itself: scheduling and sampling are part of its time.
+        engine = Engine(model, max_concurrent=len(prompts), prefix_cache=False, speculation=0)
+        params = SamplingParams(max_tokens=MARGIN, temperature=0.0, ignore_eos=True)
+        requests = [engine.prepare(prompt, params) for prompt in prompts]
+        for request in requests:
+            engine.submit(request)
+        while not all(request.output_ids for request in requests):
+            engine.step()
+        return engine
+
+    def step(engine: Engine, ids: list[int]) -> None:
+        assert len(engine.step()) == len(ids)
+
+    return System(model.config.vocab_size, 2048, lambda capacity: model.new_state(), feed, begin, step)
 
 
 def open_transformers(path: str, dtype: torch.dtype) -> System:
@@ -69,7 +89,18 @@ def open_transformers(path: str, dtype: torch.dtype) -> System:
     def feed(cache: Any, ids: list[int]) -> object:
         return model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    return System(model.config.vocab_size, 512, lambda _: transformers.DynamicCache(config=model.config), feed)
+    @torch.no_grad()
+    def begin(prompts: list[list[int]]) -> Any:
+        cache = transformers.DynamicCache(config=model.config)
+        model(torch.tensor(prompts), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    @torch.no_grad()
+    def step(cache: Any, ids: list[int]) -> object:
+        return model(torch.tensor([ids]).T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    new = functools.partial(transformers.DynamicCache, config=model.config)
+    return System(model.config.vocab_size, 512, lambda _: new(), feed, begin, step)
 
 
 def open_llama(path: str, threads: int) -> System:
@@ -89,10 +120,12 @@ def open_llama(path: str, threads: int) -> System:
         raise AbsentError(f"llama.cpp does not read {path}")
 
     class Sequence:
-        def __init__(self, capacity: int) -> None:
+        def __init__(self, capacity: int, count: int = 1) -> None:
             self.silence = silence  # must outlive every call
+            self.ends = [0] * count
             options = native.llama_context_default_params()
-            options.n_ctx, options.n_batch, options.n_ubatch = capacity, 2048, 512
+            options.n_ctx, options.n_batch, options.n_ubatch = capacity * count, 2048, 512
+            options.n_seq_max = count
             options.n_threads = options.n_threads_batch = threads
             self.context = native.llama_init_from_model(model, options)
             assert self.context, "llama.cpp gave no context"
@@ -106,7 +139,31 @@ def open_llama(path: str, threads: int) -> System:
         assert not failed, f"llama.cpp failed with {failed}"
         return native.llama_get_logits(sequence.context)
 
-    return System(native.llama_vocab_n_tokens(native.llama_model_get_vocab(model)), 2048, Sequence, feed)
+    def add(sequences: Sequence, tokens: list[tuple[int, int]]) -> None:
+        """Tokens as (sequence, id), with logits for each sequence's last one."""
+        batch = native.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        last = {s: i for i, (s, _) in enumerate(tokens)}
+        for i, (s, token) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, sequences.ends[s], 1, s
+            batch.logits[i] = last[s] == i
+            sequences.ends[s] += 1
+        failed = native.llama_decode(sequences.context, batch)
+        native.llama_batch_free(batch)
+        assert not failed, f"llama.cpp failed with {failed}"
+
+    def begin(prompts: list[list[int]]) -> Sequence:
+        sequences = Sequence(len(prompts[0]) + MARGIN, len(prompts))
+        for s, prompt in enumerate(prompts):
+            add(sequences, [(s, token) for token in prompt])
+        return sequences
+
+    def step(sequences: Sequence, ids: list[int]) -> object:
+        add(sequences, list(enumerate(ids)))
+        return [native.llama_get_logits_ith(sequences.context, i) for i in range(len(ids))]
+
+    vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
+    return System(vocabulary, 2048, Sequence, feed, begin, step)
 
 
 def open_system(name: str, path: str, threads: int) -> System | None:
@@ -153,6 +210,16 @@ class Worker:
             self._feed(self.sequences[context], self._ids(4), 1)
         ids = self._ids(steps)
         return lambda: self._feed(self.sequences[context], ids, 1), steps
+
+    def _batch(self, context: int, steps: int, count: int) -> tuple[Callable[[], object], float]:
+        assert self.system
+        key = -count * context  # apart from the single sequences
+        if key not in self.sequences:
+            self.sequences[key] = self.system.begin([self._ids(context) for _ in range(count)])
+            self.system.step(self.sequences[key], self._ids(count))
+        rows = [self._ids(count) for _ in range(steps)]
+        step, sequences = self.system.step, self.sequences[key]
+        return lambda: [step(sequences, ids) for ids in rows], steps * count
 
     def _read(self, nbytes: int) -> tuple[Callable[[], object], float]:
         read = self.read(nbytes)

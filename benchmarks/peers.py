@@ -50,11 +50,14 @@ class Cell:
     base: int | None = None
     threads: tuple[int, ...] = (1,)
     usual: bool = True
+    batch: int = 1  # sequences that decode at once
 
 
 CELLS = {
     "decode-small": Cell("decode", "small", 512, TRANSFORMERS + LLAMA),
     "decode-medium": Cell("decode", "medium", 512, TRANSFORMERS + LLAMA),
+    "batch-small": Cell("decode", "small", 512, TRANSFORMERS + LLAMA, batch=8),
+    "batch-small-32": Cell("decode", "small", 512, batch=32),
     "decode-small-8k": Cell("decode", "small", 8192, slow=("llama-bf16",), base=512),
     "decode-small-32k": Cell("decode", "small", 32768, base=512),
     "prefill-small": Cell("prefill", "small", 512, TRANSFORMERS + LLAMA),
@@ -135,7 +138,8 @@ class Bench:
         systems = [s for s in wanted if self._system(s).reason is None]
         rates: dict[str, list[float]] = {s: [] for s in [*systems, "limit", *(["base"] if cell.base else [])]}
         machine = self._system("machine")
-        nbytes, flops = int(active_bytes(config_of(cell.size))), prefill_flops(cell.size)
+        # Sequences that decode at once share a read of the weights.
+        nbytes, flops = int(active_bytes(config_of(cell.size), cell.batch) / cell.batch), prefill_flops(cell.size)
         for number in range(0 if cell.tokens > WARM_LIMIT else -1, self.rounds):
             say(f"{name}: round {number + 1} of {self.rounds}")
             if number == 0:  # what came before was to warm every process
@@ -183,6 +187,8 @@ class Bench:
 
     def _ask(self, system: str, cell: Cell, tokens: int) -> dict[str, float]:
         process = self._system(system)
+        if cell.batch > 1:
+            return process.ask(work="batch", context=tokens, steps=self.steps, count=cell.batch)
         if cell.work == "decode":
             return process.ask(work="decode", context=tokens, steps=self.steps)
         return process.ask(work="prefill", tokens=tokens)

@@ -114,7 +114,7 @@ def serve(
     llm = _load(
         model, mode, device, max_context, max_concurrent=max_concurrent, max_waiting=max_waiting,
         cache_memory=cache_memory, prefix_folder=prefix_folder, prefix_disk=prefix_disk, speculation=speculation,
-        expert_memory=expert_memory,
+        expert_memory=expert_memory, progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     hadal.server.run(llm, host=host, port=port, threads=threads)
 

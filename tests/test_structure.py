@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": GROUND | {"kernels"},
     "checkpoint": GROUND | {"kernels", "model", "plan"},
     "engine": GROUND - {"text"} | {"kernels", "model"},
-    "llm": GROUND | {"checkpoint", "engine"},
+    "llm": GROUND | {"checkpoint", "engine", "kernels"},
     "server": GROUND | {"llm", "engine", "plan", "checkpoint"},
     "train": GROUND | {"kernels", "model", "checkpoint", "plan"},
     "verify": GROUND | {"kernels", "model", "checkpoint", "plan"},

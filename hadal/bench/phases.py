@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hadal.bench.machine import multiplier, reader, seconds_of
+from hadal.engine import Engine, SamplingParams
 from hadal.model import Model, SequenceState
 from hadal.plan import active_bytes, count
 
 DECODE_STEPS = 16
 REPEATS = 5
-GROWTH = DECODE_STEPS * (REPEATS + 1)  # tokens that a measurement appends to its context
+GROWTH = DECODE_STEPS * (REPEATS + 2)  # tokens that a measurement appends to its context
 SHORT = 512  # the context that long ones are compared with
 CHUNK = 2048
 BATCH = 8
@@ -129,15 +130,20 @@ def _figure(
 
 
 def _decoder(model: Model, context: int, batch: int) -> Callable[[], None]:
-    """A function that continues `batch` sequences behind `context` tokens by a few single steps."""
-    first = _feed(model, _random_ids(model, context))
-    states = [first, *(first.clone() for _ in range(batch - 1))]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (DECODE_STEPS, batch), generator=generator)
+    """A function that lets the engine continue `batch` requests behind `context` tokens by a few steps."""
+    engine = Engine(model, device=model.device, max_concurrent=batch, token_budget=CHUNK, speculation=0)
+    params = SamplingParams(max_tokens=GROWTH, temperature=0.0, ignore_eos=True)
+    ids = _random_ids(model, context).tolist()
+    first = engine.prepare(ids, params)
+    requests = [first, *(engine.prepare(ids, params, stream=i, leader=first) for i in range(1, batch))]
+    for request in requests:
+        engine.submit(request)
+    while not all(request.output_ids for request in requests):
+        engine.step()
 
     def steps() -> None:
-        for row in ids:
-            model.logits_ragged(row, [1] * batch, states)
+        for _ in range(DECODE_STEPS):
+            engine.step()
 
     return steps
 

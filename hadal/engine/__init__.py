@@ -1,6 +1,7 @@
 """The engine: token ids in, token ids out, many requests at once; it knows nothing of text or HTTP."""
 
 from hadal.engine.engine import Engine, EngineBusy
+from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.options import EngineOptions, engine_options
 from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 
@@ -10,8 +11,10 @@ __all__ = [
     "EngineOptions",
     "FinishReason",
     "Logprob",
+    "MemoryPlan",
     "Request",
     "RequestError",
     "SamplingParams",
     "engine_options",
+    "plan_memory",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from hadal.engine.model import LanguageModel
 from hadal.engine.options import engine_options
 from hadal.engine.prefix import PrefixStore
 from hadal.engine.request import FinishReason, Request, RequestError, SamplingParams, check_prompt
-from hadal.engine.sampler import Choice, Draw, Sampler
+from hadal.engine.sampler import Draw, Sampler
 from hadal.engine.scheduler import Item, Limits, Plan, plan_step
 from hadal.engine.stats import EngineStats
 from hadal.kernels.pages import PAGE_TOKENS
@@ -90,6 +91,7 @@ class Engine:
         self._sampler = Sampler(self.vocabulary, self.device)
         self._ids = itertools.count()
         self._turn = 0
+        self._step_seconds, self._draft_cost = 0.0, 0.1  # of the last step; and of drafting a token, as its share
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -163,7 +165,9 @@ class Engine:
             work = self._begin(self._schedule())
             if not work:
                 return []
+            begun = time.perf_counter()
             logits_RV = self._forward(work)
+            self._step_seconds = time.perf_counter() - begun
             ready = self._choose(work, logits_RV)
             if self._most_drafts:
                 self._draft(work)
@@ -189,14 +193,18 @@ class Engine:
         # The longest context decides how many rows one native step takes.
         longest = max(item.position for item in items) + self.options.token_budget
         rows = max(min(self.options.token_budget, self._model.step_rows(longest)), 1)
-        free = self.plan.pages - self._model.pool.live
-        wanted = sum(1 + item.todo // PAGE_TOKENS for item in items if item.running)
-        wanted = min(wanted, len(items) + rows // PAGE_TOKENS) + 1
-        if free < wanted and self.store is not None:
-            self.store.shrink(wanted - free)
-            free = self.plan.pages - self._model.pool.live
-        limits = Limits(slots=self.options.max_concurrent, tokens=rows, pages=max(free, 0), chunk=rows)
-        return plan_step(items, limits, self._turn)
+        # What only the prefix store holds counts as free: it gives up what the plan needs.
+        held = min(sum(len(r.state.pages) for r in self._running), self._model.pool.live)
+        pages = max(self.plan.pages - held, 0)
+        plan = plan_step(items, Limits(self.options.max_concurrent, rows, pages, chunk=rows), self._turn)
+        self._make_room(len(plan.admit) + sum(1 + (count + drafts) // PAGE_TOKENS for _, count, drafts in plan.spans))
+        return plan
+
+    def _make_room(self, pages: int) -> None:
+        """Have the prefix store give up what it must for so many new pages."""
+        short = pages - (self.plan.pages - self._model.pool.live)
+        if short > 0 and self.store is not None:
+            self.store.shrink(short)
 
     def _item(self, request: Request) -> Item:
         known, state = len(request.token_ids), request.state
@@ -258,8 +266,7 @@ class Engine:
         self._waiting.appendleft(request)
         pages = len(request.state.pages)
         self._hand_over(request, "preempted")
-        if self.store is not None:
-            self.store.shrink(max(pages - (self.plan.pages - self._model.pool.live), 0))
+        self._make_room(pages)
 
     def _forward(self, work: Sequence[_Work]) -> Tensor:
         ids = [i for w in work for i in w.ids]
@@ -280,7 +287,12 @@ class Engine:
             request, taken = w.request, 0
             own = list(itertools.islice(choices, w.rows))
             while taken < w.rows and not request.finished:
-                self._accept(request, own[taken])
+                choice = own[taken]
+                if choice.error is None:
+                    request.append(choice.token_id, choice.logprobs, self._model.config.eos_token_id)
+                    self.stats.generated += 1
+                else:
+                    request.error, request.finish_reason = choice.error, "error"
                 taken += 1
                 if taken < w.rows and own[taken - 1].token_id != w.ids[w.count + taken - 1]:
                     break
@@ -295,22 +307,6 @@ class Engine:
             ready.append(request)
         return ready
 
-    def _accept(self, request: Request, choice: Choice) -> None:
-        if choice.error is not None:
-            request.error = choice.error
-            request.finish_reason = "error"
-            return
-        request.output_ids.append(choice.token_id)
-        request.token_ids.append(choice.token_id)
-        self.stats.generated += 1
-        if request.params.logprobs is not None:
-            request.logprobs.append(choice.logprobs)
-        is_eos = choice.token_id == self._model.config.eos_token_id and not request.params.ignore_eos
-        if is_eos or choice.token_id in (request.params.stop_token_ids or ()):
-            request.finish_reason = "stop"
-        elif len(request.output_ids) >= request.limit:
-            request.finish_reason = "length"
-
     def _draft(self, work: Sequence[_Work]) -> None:
         """Let the draft head see what the step computed, and guess on for requests that choose tokens."""
         assert self._drafter is not None
@@ -324,7 +320,8 @@ class Engine:
             end = request.computed
             following = request.token_ids[max(end - min(w.kept, window), 0) + 1 : end + 1]
             room = request.limit - len(request.output_ids) - 1
-            depth = request.depth.next(min(self._most_drafts, room), decoding) if w.rows and not request.finished else 0
+            most = min(self._most_drafts, room) if w.rows and not request.finished else 0
+            depth = request.depth.next(most, decoding, self._draft_cost) if most else 0
             if following:
                 spans.append(DraftSpan(i, w.kept, following, depth))
 
@@ -333,8 +330,13 @@ class Engine:
             return self._sampler.guess(logits_BV, [_draw(r, ahead) for r in requests])
 
         if spans:
+            begun = time.perf_counter()
             for span, drafts in zip(spans, self._drafter.draft(spans, choose), strict=True):
                 work[span.span].request.drafts = drafts
+            deepest = max(span.depth for span in spans)
+            if deepest and decoding == len(work):
+                share = (time.perf_counter() - begun) / deepest / self._step_seconds
+                self._draft_cost = 0.9 * self._draft_cost + 0.1 * share
 
     def _keep(self, work: Sequence[_Work]) -> None:
         """Take the snapshots that are due: at the end of a prompt, of a shared prefix, and every so many tokens."""

@@ -25,7 +25,7 @@ class MemoryPlan:
     @property
     def pages(self) -> int:
         """Pages that sequences may hold beside the homes of all that run."""
-        return (self.cache - self.max_concurrent * self.home) // self.page
+        return (self.cache - self.max_concurrent * self.home) // max(self.page, 1)
 
     @property
     def tokens(self) -> int:

@@ -152,3 +152,15 @@ class Request:
     def computed(self) -> int:
         """Tokens that the model has seen."""
         return 0 if self.state is None else int(self.state.position)
+
+    def append(self, token_id: int, logprobs: dict[int, Logprob], eos_id: int | None) -> None:
+        """Take the next token of the answer; the request ends with its last one."""
+        self.output_ids.append(token_id)
+        self.token_ids.append(token_id)
+        if self.params.logprobs is not None:
+            self.logprobs.append(logprobs)
+        is_eos = token_id == eos_id and not self.params.ignore_eos
+        if is_eos or token_id in (self.params.stop_token_ids or ()):
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.limit:
+            self.finish_reason = "length"

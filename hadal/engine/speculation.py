@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 _MEMORY = 0.9  # share of the old estimate that a new trial leaves
 _FIRST = 0.6  # acceptance that a request is taken to have before its first trial
-_ROW_COST = 0.25  # time of one more row and its draft, as a share of a step of one request
+_ROW_COST = 0.12  # time of verifying one more row, as a share of a step of one request
 _CROWD_COST = 0.06  # and how much that share grows with each further request of the step
 _PROBE = 24  # tokens without a guess after which one is tried again
 
@@ -18,9 +18,12 @@ class DraftDepth:
     acceptance: float = _FIRST
     _idle: int = 0
 
-    def next(self, most: int, decoding: int) -> int:
-        """Tokens to draft when `decoding` requests share the step: as long as another one is likely enough."""
-        least = _ROW_COST + _CROWD_COST * (decoding - 1)
+    def next(self, most: int, decoding: int, cost: float) -> int:
+        """Tokens to draft when `decoding` requests share the step: as long as another one is likely enough.
+
+        `cost` is the time of drafting one token, as a share of a step.
+        """
+        least = cost + _ROW_COST + _CROWD_COST * (decoding - 1)
         depth, chance = 0, self.acceptance
         while depth < most and chance >= least:
             depth, chance = depth + 1, chance * self.acceptance

@@ -6,6 +6,8 @@ them for the next page. So the pages alive are exactly those that some state hol
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -27,35 +29,45 @@ class Page:
         self.address = content.data_ptr()
 
     def __del__(self) -> None:
-        self._pool._give_back(self._slab, self.bytes)
+        # Any thread may drop the last reference; the pool belongs to one, which takes the bytes back in its own time.
+        self._pool._returned.append((self._slab, self.bytes))
 
 
 class PagePool:
-    """Makes pages of one size; `live` pages are referred to by someone. Slabs without a live page are given up."""
+    """Makes pages of one size, for one thread. Slabs without a live page are given up."""
 
     def __init__(self, page_bytes: int, device: torch.device | str = "cpu") -> None:
         self.page_bytes = page_bytes
-        self.live = 0
+        self._live = 0
+        self._returned: deque[tuple[int, Tensor]] = deque()
         self._device = torch.device(device)
-        self._stride = -(-page_bytes // _LINE) * _LINE
-        self._per_slab = max(_SLAB_BYTES // max(self._stride, 1), 1)
+        self._stride = max(-(-page_bytes // _LINE), 1) * _LINE  # a model of windows alone has empty pages
+        self._per_slab = max(_SLAB_BYTES // self._stride, 1)
         self._free: dict[int, list[Tensor]] = {}  # per slab that has a free page
         self._made = self._slabs = 0
 
     @property
+    def live(self) -> int:
+        """Pages that someone refers to."""
+        self._take_back()
+        return self._live
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that live and free pages occupy."""
+        self._take_back()
         return self._slabs * self._per_slab * self._stride
 
     def take(self) -> Page:
         """A page of zeros."""
+        self._take_back()
         if not self._free:
             self._free[self._made] = self._cut()
             self._made += 1
             self._slabs += 1
         slab, free = next(iter(self._free.items()))
         page = Page(self, slab, free.pop().zero_())
-        self.live += 1
+        self._live += 1
         if not free:
             del self._free[slab]
         return page
@@ -73,10 +85,12 @@ class PagePool:
             places = range(first, first + self._per_slab * self._stride, self._stride)
             return [slab[place : place + self.page_bytes] for place in reversed(places)]
 
-    def _give_back(self, slab: int, content: Tensor) -> None:
-        self.live -= 1
-        free = self._free.setdefault(slab, [])
-        free.append(content)
-        if len(free) == self._per_slab and len(self._free) > 1:
-            del self._free[slab]
-            self._slabs -= 1
+    def _take_back(self) -> None:
+        while self._returned:
+            slab, content = self._returned.popleft()
+            self._live -= 1
+            free = self._free.setdefault(slab, [])
+            free.append(content)
+            if len(free) == self._per_slab and len(self._free) > 1:
+                del self._free[slab]
+                self._slabs -= 1

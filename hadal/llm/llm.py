@@ -9,9 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import torch
+
 from hadal import device as devices
-from hadal.checkpoint import CheckpointError, load_model, locate_model
-from hadal.engine import Engine, Request, RequestError, SamplingParams, engine_options
+from hadal.checkpoint import CheckpointError, inspect, load_model, locate_model
+from hadal.engine import (
+    Engine,
+    EngineOptions,
+    MemoryPlan,
+    Request,
+    RequestError,
+    SamplingParams,
+    engine_options,
+    plan_memory,
+)
+from hadal.kernels.pages import PAGE_TOKENS
 from hadal.llm.answer import Delta, Generation, RequestOutput
 from hadal.text import (
     Prompt,
@@ -44,7 +56,8 @@ class LLM:
 
     `model` is a directory in the official layout, a Hub repo id or "nano", the embedded one. `mode` "fast" skips the
     official fake-quantisation; "faithful" rounds where the official code rounds. `expert_memory` is how many bytes of
-    experts stay in memory when they do not all fit. The other options are those of `EngineOptions`.
+    experts stay in memory when they do not all fit. `progress` is told how memory is to be divided before anything is
+    loaded, and what reading experts from disk will cost. The other options are those of `EngineOptions`.
     Raises a ValueError of the room concerned for a model, device or option that cannot be used.
     """
 
@@ -58,9 +71,10 @@ class LLM:
         mode: str = "fast",
         device: str = "auto",
         expert_memory: int | None = None,
+        progress: Callable[[str], None] = lambda line: None,
         **options: Any,
     ) -> None:
-        engine_options(options)  # before a model is loaded for options that cannot be
+        limits = engine_options(options)  # before a model is loaded for options that cannot be
         if mode not in ("fast", "faithful"):
             raise RequestError(f"unknown mode {mode!r}; choose fast or faithful", "mode")
         where = devices.resolve(device)
@@ -68,14 +82,17 @@ class LLM:
         if not directory.is_dir():
             raise CheckpointError("this installation has no embedded model; give a model directory")
         tokenizer = Tokenizer.from_directory(directory)
+        progress(f"{_forecast(directory, where, limits)}")
         faithful = mode == "faithful"
         dtype = "bfloat16" if faithful else "auto"
-        loaded = load_model(directory, device=where, dtype=dtype, fake_quant=faithful)
+        loaded = load_model(directory, device=where, dtype=dtype, fake_quant=faithful, expert_memory=expert_memory)
         if tokenizer.eos_id != loaded.config.eos_token_id:
             raise TokenizerError(
                 f"the tokenizer of {directory} ends answers with id {tokenizer.eos_id} and the model with "
                 f"{loaded.config.eos_token_id}; take both from the same release"
             )
+        if loaded.runner is not None and loaded.runner.residency is not None:
+            progress(f"{loaded.runner.residency.estimate}")
         engine = Engine(loaded, device=where, vocabulary=tokenizer.vocab_size, **options)
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
         self._defaults = _own_sampling(directory / "generation_config.json")
@@ -245,6 +262,14 @@ class LLM:
         finally:
             generation.inbox = None
             self.abort(generation)
+
+
+def _forecast(directory: Path, device: torch.device, limits: EngineOptions) -> MemoryPlan:
+    """How memory is going to be divided, from the headers of the files alone."""
+    facts, free = inspect(directory), devices.memory_available(device)
+    page = round((facts.kv_bytes_per_token or 0) * PAGE_TOKENS)
+    weights = min(facts.bytes or 0, free // 2)  # experts beyond that stay on disk
+    return plan_memory(limits, free=free, weights=weights, home=facts.state_bytes or 0, page=page)
 
 
 def _prompt_texts(directory: Path, tokenizer: Tokenizer) -> PromptTexts:

@@ -30,7 +30,7 @@ def test_a_copy_is_apart_from_its_original() -> None:
     assert bool((twin.bytes == 3).all()) and pool.live == 2
 
 
-@given(st.integers(0, 2**32), st.sampled_from([1, 100, 4096, 300_000, 2_000_000]))
+@given(st.integers(0, 2**32), st.sampled_from([0, 1, 100, 4096, 300_000, 2_000_000]))
 def test_live_pages_never_overlap_and_are_counted(seed: int, page_bytes: int) -> None:
     rng, pool, held = random.Random(seed), PagePool(page_bytes), list[Page]()
     for _ in range(60):

@@ -23,6 +23,7 @@ SEEDS, COUNTS = st.integers(0, 10**6), st.sampled_from([1, 2, 5, 16, 17, 64])
 if not instruction_sets():
     pytest.skip("no emitted kernels for this processor", allow_module_level=True)
 CPU = kernel_table("cpu")
+CANCELLED = 2e-6  # of sums of a few numbers near 1
 
 
 @pytest.fixture(params=instruction_sets(), autouse=True)
@@ -35,11 +36,11 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_rounded(found: Tensor, exact: Tensor) -> None:
-    """BF16 numbers that are the exact ones but for FP32 sums and one rounding."""
+def assert_rounded(found: Tensor, exact: Tensor, slack: float = 0.0) -> None:
+    """BF16 numbers that are the exact ones but for one rounding and FP32 sums, off by `slack` where terms cancel."""
     ulp = torch.ldexp(torch.ones_like(exact), exact.abs().clamp_min(1e-30).log2().floor().int() - 7)
     assert found.dtype == torch.bfloat16 and found.shape == exact.shape
-    assert ((found.double() - exact).abs() <= 0.51 * ulp).all()
+    assert ((found.double() - exact).abs() <= 0.51 * ulp + slack).all()
 
 
 def assert_alone(operator: Callable[[slice], Tensor], count: int) -> None:
@@ -88,10 +89,10 @@ def test_maps_and_mixtures_are_the_reference_s(seed: int, count: int, n: int, d:
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-5)
     pre, post, comb = found
-    assert_rounded(CPU.mix_in(x, pre), (x.double() * pre.double().unsqueeze(2)).sum(1))
+    assert_rounded(CPU.mix_in(x, pre), (x.double() * pre.double().unsqueeze(2)).sum(1), CANCELLED)
     mixed = torch.einsum("tjk,tjd->tkd", comb.double(), x.double()) + post.double().unsqueeze(2) * y.double()[:, None]
-    assert_rounded(CPU.mix_out(x, y, post, comb), mixed)
-    assert_rounded(CPU.mix_out(x, y, post.contiguous(), comb.contiguous()), mixed)
+    assert_rounded(CPU.mix_out(x, y, post, comb), mixed, CANCELLED)
+    assert_rounded(CPU.mix_out(x, y, post.contiguous(), comb.contiguous()), mixed, CANCELLED)
     collapse = CPU.collapse_map(x, fn[:n], base[:n], scale[:1], eps=EPS, norm_eps=EPS)
     torch.testing.assert_close(
         collapse, REFERENCE.collapse_map(x, fn[:n], base[:n], scale[:1], eps=EPS, norm_eps=EPS), atol=2e-6, rtol=2e-5
