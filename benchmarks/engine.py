@@ -48,7 +48,7 @@ def random_prompts(model: Model, number: int, length: int, seed: int = 0) -> lis
 @contextmanager
 def native_seconds() -> Iterator[list[float]]:
     """Seconds inside native calls, added up while the block runs."""
-    spent, run = [0.0], Team.run
+    spent, run = [0.0], Team.run_at
 
     def timed(*args: Any, **options: Any) -> int:
         start = time.perf_counter()
@@ -57,11 +57,11 @@ def native_seconds() -> Iterator[list[float]]:
         finally:
             spent[0] += time.perf_counter() - start
 
-    Team.run = timed  # type: ignore[method-assign]
+    Team.run_at = timed  # type: ignore[method-assign]
     try:
         yield spent
     finally:
-        Team.run = run  # type: ignore[method-assign]
+        Team.run_at = run  # type: ignore[method-assign]
 
 
 def measure_overhead(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ class Engine:
         self._sampler = Sampler(self.vocabulary, self.device)
         self._ids = itertools.count()
         self._turn = 0
-        self._step_seconds, self._draft_cost = 0.0, 0.1  # of the last step; and of drafting a token, as its share
+        self._began, self._draft_cost = 0.0, 0.1  # when the step did; what drafting a token takes, as a share of a step
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -161,13 +161,12 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one ragged forward and return the requests that gained tokens or ended with an error."""
+        self._began = time.perf_counter()
         with torch.inference_mode():
             work = self._begin(self._schedule())
             if not work:
                 return []
-            begun = time.perf_counter()
             logits_RV = self._forward(work)
-            self._step_seconds = time.perf_counter() - begun
             ready = self._choose(work, logits_RV)
             if self._most_drafts:
                 self._draft(work)
@@ -322,7 +321,7 @@ class Engine:
             room = request.limit - len(request.output_ids) - 1
             most = min(self._most_drafts, room) if w.rows and not request.finished else 0
             depth = request.depth.next(most, decoding, self._draft_cost) if most else 0
-            if following:
+            if following and (depth or request.depth.follows or not w.rows):
                 spans.append(DraftSpan(i, w.kept, following, depth))
 
         def choose(logits_BV: Tensor, which: list[int], ahead: int) -> list[int]:
@@ -335,7 +334,7 @@ class Engine:
                 work[span.span].request.drafts = drafts
             deepest = max(span.depth for span in spans)
             if deepest and decoding == len(work):
-                share = (time.perf_counter() - begun) / deepest / self._step_seconds
+                share = (time.perf_counter() - begun) / deepest / (begun - self._began)
                 self._draft_cost = 0.9 * self._draft_cost + 0.1 * share
 
     def _keep(self, work: Sequence[_Work]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hadal.engine.speculation import DraftDepth
 
 
@@ -23,10 +25,17 @@ def test_what_costs_more_is_guessed_less() -> None:
     assert depth.next(8, 12, 0.1) < depth.next(8, 1, 0.1)  # a full step leaves less room for guesses
 
 
-def test_who_has_given_up_tries_again_now_and_then() -> None:
+def test_who_has_given_up_tries_again_less_and_less_often() -> None:
     depth = DraftDepth(acceptance=0.0)
-    tried = [depth.next(4, 1, 0.1) for _ in range(100)]
-    assert 2 <= sum(tried) <= 8 and set(tried) == {0, 1}
+    tried, followed = [], []
+    for token in range(1200):
+        if depth.next(4, 1, 0.1):
+            tried.append(token)
+            depth.observe(1, 0)
+        followed.append(depth.follows)
+    gaps = [b - a for a, b in pairwise(tried)]
+    assert gaps == sorted(gaps) and 3 <= len(tried) <= 8 and gaps[-1] >= 250
+    assert sum(followed) < 200 and all(followed[token - 1] for token in tried)
     assert DraftDepth(acceptance=1.0).next(0, 1, 0.1) == 0
 
 
