@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,19 @@ def _means(model: Model, ids: Tensor) -> Tensor:
     """Mean of the streams after each layer, [T, layers, d] in FP32."""
     layers = range(len(model.config.layers))
     state = model.new_state()
-    if model.runner is not None:
+    if (runner := model.runner) is not None:
         runner_state: Any = state
-        _, means = model.runner.streams(ids, [len(ids)], [runner_state], tuple(layers))
-        assert means is not None
-        return means.view(len(ids), len(layers), -1)
+        parts = []
+        for pieces in runner._steps([len(ids)], [runner_state], [0], [0]):
+            rows, _ = runner._begin(pieces, ids.tolist())
+            # A layer's output joins the streams in the first job of the next one.
+            stops = [runner._jobs.sites[i, "attention"][0] for i in layers[1:]] + [runner._jobs.main.streams]
+            means = []
+            for begin, end in pairwise([0, *stops]):
+                runner._run(begin, end)
+                means.append(runner._streams(rows).mean(1))
+            parts.append(torch.stack(means, 1))
+        return torch.cat(parts)
     batch = Batch.from_states([len(ids)], [state], model.device)
     x, found = model._embed(ids), []
     with torch.no_grad():

@@ -65,18 +65,18 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     state = runner.new_state()
     ids = torch.randint(0, runner.config.vocab_size, (arguments.context,), generator=generator)
-    runner.streams(ids, [len(ids)], [state])
+    runner.streams(ids.tolist(), [len(ids)], [state])
     prompt = torch.randint(0, runner.config.vocab_size, (arguments.prompt,), generator=generator)
 
     def prefill() -> None:
         copy = state.clone()
-        runner.streams(prompt, [len(prompt)], [copy])
+        runner.streams(prompt.tolist(), [len(prompt)], [copy])
 
     def decode() -> None:
-        runner.streams(prompt[:1], [1], [state])
+        runner.streams(prompt[:1].tolist(), [1], [state])
 
     def with_head() -> None:
-        runner.logits(prompt[:1], [1], [state], last_only=True)
+        runner.advance(prompt[:1].tolist(), [1], [state], [1])
 
     times = {name: [] for name in ("prefill", "decode", "with_head")}
     for _ in range(arguments.repeats):

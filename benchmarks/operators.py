@@ -82,8 +82,8 @@ def attention(isa: Isa) -> Iterator[dict[str, Any]]:
     runner = build("csa", n_routed_experts=8, vocab_size=4096)
     state = runner.new_state()
     ids = torch.randint(0, 4096, (4096,), generator=torch.Generator().manual_seed(0))
-    runner.logits(ids, [4096], [state], True)
-    runner.logits(ids[:1], [1], [state], True)
+    runner.advance(ids.tolist(), [4096], [state], [1])
+    runner.advance(ids[:1].tolist(), [1], [state], [1])
     seconds = paired({"attend": _job(runner, ["attend"])})
     yield {"attention": "64 heads x 512, 640 entries", "us": round(seconds["attend"] * 1e6, 1)}
 
@@ -101,7 +101,7 @@ def indexer(isa: Isa) -> Iterator[dict[str, Any]]:
             group[:codes] = random.integers(0, 256, codes, np.uint8)
             group[codes:] = random.integers(118, 120, width - codes, np.uint8)
     state.position = (1 << 20) - 1
-    runner.logits(torch.tensor([1]), [1], [state], True)
+    runner.advance([1], [1], [state], [1])
     seconds = paired({"both": _job(runner, ["index_score", "index_select"])})
     yield {"indexer": "262,144 keys, 64 x 128, best 512", "ms": round(seconds["both"] * 1e3, 2)}
 

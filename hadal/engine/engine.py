@@ -114,6 +114,12 @@ class Engine:
         return bool(self._waiting or self._running)
 
     @property
+    def full(self) -> bool:
+        """Whether as many requests run and wait as may."""
+        most = self.options.max_waiting
+        return most is not None and self.waiting + self.running >= most + self.options.max_concurrent
+
+    @property
     def waiting(self) -> int:
         """Requests that hold no state."""
         return len(self._waiting)
@@ -149,9 +155,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a prepared request, to join the batch at a following step. Raises EngineBusy when the queue is full."""
         assert request.state is None and not request.finished
-        most = self.options.max_waiting
-        if most is not None and len(self._waiting) >= most:
-            raise EngineBusy(f"{most} requests wait already; try again later")
+        if self.full:
+            raise EngineBusy(f"{self.options.max_waiting} requests wait already; try again later")
         self._waiting.append(request)
 
     def abort(self, request: Request) -> None:

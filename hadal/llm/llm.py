@@ -173,9 +173,9 @@ class LLM:
         return self._prepare(self.tokenizer.encode_pieces(prompt.pieces), params, prompt.text, prompt)
 
     def submit(self, generation: Generation) -> None:
-        """Queue a prepared answer."""
-        self._live[generation.request] = generation
+        """Queue a prepared answer; EngineBusy when as many wait as may."""
         self.engine.submit(generation.request)
+        self._live[generation.request] = generation
 
     def abort(self, generation: Generation) -> None:
         """Drop an answer; nothing happens if it has ended."""

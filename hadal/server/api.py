@@ -59,6 +59,8 @@ def create_app(llm: LLM, *, keep_alive_seconds: float = KEEP_ALIVE_SECONDS) -> F
             )
         generation = await asyncio.to_thread(_prepare, llm, body, efforts)
         answer = _Answer(generation, llm)
+        if llm.engine.full:
+            raise APIError(429, "too many requests run and wait here; send this one again later", code="queue_full")
         if body.stream:
             events = _stream(service, answer, request, keep_alive_seconds)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -151,14 +153,15 @@ class _Answer:
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        prompt, made = len(self.generation.request.prompt_ids), len(self.generation.request.output_ids)
+        request = self.generation.request
+        prompt, made, hit = len(request.prompt_ids), len(request.output_ids), request.cached_tokens or 0
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,
             "total_tokens": prompt + made,
-            "prompt_cache_hit_tokens": 0,
-            "prompt_cache_miss_tokens": prompt,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_cache_hit_tokens": hit,
+            "prompt_cache_miss_tokens": prompt - hit,
+            "prompt_tokens_details": {"cached_tokens": hit},
             "completion_tokens_details": {"reasoning_tokens": self.generation.reasoning_tokens},
         }
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from hadal.engine import EngineBusy
 from hadal.llm import LLM, Delta, Generation
 
 _log = logging.getLogger("hadal.server")
@@ -83,8 +84,11 @@ class Service:
         self._inbox.put(lambda: self._drop(ticket))
 
     def _submit(self, ticket: Ticket) -> None:
+        try:
+            self.llm.submit(ticket.generation)
+        except EngineBusy as error:
+            return ticket.put(Delta(finish_reason="error", error=str(error)))
         self._live[ticket.generation] = ticket
-        self.llm.submit(ticket.generation)
 
     def _drop(self, ticket: Ticket) -> None:
         self._live.pop(ticket.generation, None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hadal.engine import Engine, Request, RequestError, SamplingParams
+from hadal.engine import Engine, EngineBusy, Request, RequestError, SamplingParams
 from tests.engine.fake_model import FakeModel
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -131,3 +131,44 @@ def test_impossible_limits_are_refused() -> None:
         Engine(FakeModel(), max_concurrent=0)
     with pytest.raises(RequestError, match="max_context"):
         Engine(FakeModel(), max_context=65)
+
+
+def test_a_full_queue_refuses_and_keeps_what_waits() -> None:
+    engine = Engine(FakeModel(), max_concurrent=1, max_waiting=2)
+    made = [add(engine, [2, i], GREEDY) for i in (3, 4, 5)]
+    with pytest.raises(EngineBusy, match="2 requests wait"):
+        add(engine, [2, 6], GREEDY)
+    while not any(r.finished for r in made):
+        engine.step()
+    made.append(add(engine, [2, 6], GREEDY))
+    run(engine)
+    assert all(r.finish_reason in ("stop", "length") for r in made)
+
+
+def test_samples_of_one_prompt_compute_it_once() -> None:
+    model = FakeModel(context=400)
+    engine = Engine(model, token_budget=64)
+    prompt, params = [5 + i % 40 for i in range(200)], SamplingParams(max_tokens=5, seed=3)
+    first = engine.prepare(prompt, params)
+    group = [first, *(engine.prepare(prompt, params, stream=i, leader=first) for i in (1, 2, 3))]
+    for request in group:
+        engine.submit(request)
+    run(engine)
+    assert [r.cached_tokens for r in group] == [0, 199, 199, 199]
+    assert engine.stats.rows < 200 + 4 * 8 and len({tuple(r.output_ids) for r in group}) > 1
+
+
+def test_a_higher_priority_takes_the_place_of_a_lower() -> None:
+    engine = Engine(FakeModel(context=400), max_concurrent=1)
+    low = engine.prepare([5] * 50, SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+    engine.submit(low)
+    for _ in range(10):
+        engine.step()
+    high = engine.prepare([6] * 50, GREEDY, priority=1)
+    engine.submit(high)
+    run(engine)
+    assert engine.stats.preemptions == 1 and low.finish_reason == "length"
+    alone = engine.prepare([5] * 50, low.params)
+    engine.submit(alone)
+    run(engine)
+    assert alone.output_ids == low.output_ids

@@ -302,6 +302,32 @@ def test_stopping_the_server_does_not_wait_for_endless_answers(start: Callable[.
     assert isinstance(outcome, Exception) or outcome[0] >= 500
 
 
+def test_a_prompt_sent_again_is_counted_as_a_hit(start: Callable[..., Any]) -> None:
+    with start(scripted_llm(SCRIPT)) as server:
+        first, again = (server.call("/chat/completions", ask("greet " + "the cat " * 20))[1]["usage"] for _ in range(2))
+    assert first["prompt_cache_hit_tokens"] == 0
+    assert again["prompt_cache_hit_tokens"] == again["prompt_tokens"] - 1
+    assert again["prompt_cache_miss_tokens"] == 1
+    assert again["prompt_tokens_details"] == {"cached_tokens": again["prompt_tokens"] - 1}
+
+
+def test_a_full_queue_turns_requests_away(start: Callable[..., Any]) -> None:
+    llm = scripted_llm(SCRIPT, model=SlowModel, max_concurrent=1, max_waiting=1)
+    with start(llm) as server:
+        asking = [
+            threading.Thread(target=lambda: server.call("/chat/completions", ask("endless", max_tokens=30)))
+            for _ in range(2)
+        ]
+        for thread in asking:
+            thread.start()
+        wait_until(lambda: server.active() == 2)
+        status, body = server.call("/chat/completions", ask("greet"))
+        assert status == 429 and body["error"]["code"] == "queue_full"
+        for thread in asking:
+            thread.join(timeout=20)
+        assert server.call("/chat/completions", ask("greet"))[0] == 200
+
+
 def test_an_unforeseen_error_keeps_the_shape_of_errors(start: Callable[..., Any]) -> None:
     llm = scripted_llm(SCRIPT)
     with start(llm) as server:
