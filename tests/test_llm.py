@@ -293,3 +293,22 @@ def test_the_models_own_sampling_counts_where_none_is_given(tiny: str, tmp_path:
     own.write_text("[1]")
     with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object"):
         LLM(tmp_path, device="cpu")
+
+
+def test_a_conversation_keeps_its_prefix_between_turns() -> None:
+    llm = scripted_llm({"greet": "fine</think>yes"})
+    turn = [{"role": "user", "content": "greet " + "the cat sat " * 20}]
+    (first,) = llm.chat(turn)
+    said = {"role": "assistant", "content": first.outputs[0].text, "reasoning_content": first.outputs[0].reasoning}
+    (second,) = llm.chat([*turn, said, {"role": "user", "content": "and greet again"}])
+    assert first.num_cached_tokens == 0
+    assert len(first.prompt_token_ids) - 8 <= second.num_cached_tokens < len(second.prompt_token_ids)
+
+
+def test_samples_of_one_prompt_are_told_apart_and_repeat() -> None:
+    llm = scripted_llm({})
+    params = SamplingParams(n=3, max_tokens=6, seed=5)
+    (once,), (again,) = (llm.generate("<dice> " + "the dog ran " * 20, params) for _ in range(2))
+    ids = [out.token_ids for out in once.outputs]
+    assert len({tuple(i) for i in ids}) == 3
+    assert ids == [out.token_ids for out in again.outputs]

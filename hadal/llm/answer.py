@@ -74,12 +74,16 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The answers to one prompt, `n` of them; `prompt` is None when token ids were given."""
+    """The answers to one prompt, `n` of them; `prompt` is None when token ids were given.
+
+    `num_cached_tokens` of the prompt were found in the prefix store.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
 
 
 class Generation:

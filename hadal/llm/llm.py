@@ -240,6 +240,7 @@ class LLM:
                 prompt=group[0].prompt,
                 prompt_token_ids=list(group[0].request.prompt_ids),
                 outputs=[generation.output() for generation in group],
+                num_cached_tokens=group[0].request.cached_tokens or 0,
             )
             for group in groups
         ]
