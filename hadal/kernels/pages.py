@@ -94,3 +94,42 @@ class PagePool:
             if len(free) == self._per_slab and len(self._free) > 1:
                 del self._free[slab]
                 self._slabs -= 1
+
+
+class PagedState:
+    """What the states of all models share: a position, the pages of the tokens before it, and how to step back."""
+
+    pool: PagePool
+    pages: list[Page]
+    position: int
+    peak: int  # the furthest position it has rewound from
+
+    def extend(self, end: int) -> None:
+        """Make room for the tokens before position `end`."""
+        while len(self.pages) * PAGE_TOKENS < end:
+            self._put(self.pool.take())
+
+    @property
+    def rewindable(self) -> int:
+        """Tokens that it can forget."""
+        return min(REWIND, self.position - max(self.peak - SLACK, 0))
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens`, at most `rewindable`."""
+        assert 0 <= tokens <= self.rewindable
+        was_full = self.position // PAGE_TOKENS
+        self.peak = max(self.peak, self.position)
+        self.position -= tokens
+        if self.position // PAGE_TOKENS < was_full:
+            self._part()  # a page that was full may have other readers
+        else:
+            del self.pages[-(-self.position // PAGE_TOKENS) :]
+
+    def _part(self) -> None:
+        """Own the page that is not full; others may refer to it."""
+        del self.pages[-(-self.position // PAGE_TOKENS) :]
+        if self.position % PAGE_TOKENS:
+            self._put(self.pool.copy(self.pages.pop()))
+
+    def _put(self, page: Page) -> None:
+        self.pages.append(page)

@@ -21,7 +21,7 @@ from hadal.config import LayerSpec, ModelConfig
 from hadal.kernels import Numerics
 from hadal.kernels.cpu.emission import source_digest
 from hadal.kernels.cpu.target import detect
-from hadal.kernels.pages import PAGE_TOKENS, REWIND, SLACK, Page, PagePool
+from hadal.kernels.pages import PAGE_TOKENS, SLACK, Page, PagedState, PagePool
 from hadal.kernels.stored import RowForm, Shelf, StoredRows
 
 LAYOUT_VERSION = 1  # of homes and pages; a change makes states kept on disk unfit
@@ -129,7 +129,7 @@ class LayerState:
 
 
 @dataclass
-class SequenceState:
+class SequenceState(PagedState):
     """State of one sequence after `position` tokens; `draft` belongs to the MTP or DSpark blocks.
 
     Full pages never change again, so copies share them.
@@ -142,12 +142,7 @@ class SequenceState:
     pages: list[Page] = field(default_factory=list)
     position: int = 0
     draft_position: int = 0  # tokens the draft head has seen
-    peak: int = 0  # the furthest position it has rewound from
-
-    def extend(self, end: int) -> None:
-        """Make room for the tokens before position `end`."""
-        while len(self.pages) * PAGE_TOKENS < end:
-            self.pages.append(self.pool.take())
+    peak: int = 0
 
     def clone(self) -> SequenceState:
         """An independent copy: continuing one leaves the other as it is."""
@@ -157,22 +152,10 @@ class SequenceState:
         copy._part()
         return copy
 
-    @property
-    def rewindable(self) -> int:
-        """Tokens that it can forget."""
-        return min(REWIND, self.position - max(self.peak - SLACK, 0))
-
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens`, at most `rewindable`."""
-        assert 0 <= tokens <= self.rewindable
-        was_full = self.position // PAGE_TOKENS
-        self.peak = max(self.peak, self.position)
-        self.position -= tokens
+        super().rewind(tokens)
         self.draft_position = min(self.draft_position, self.position)
-        if self.position // PAGE_TOKENS < was_full:
-            self._part()  # a page that was full may have other readers
-        else:
-            del self.pages[-(-self.position // PAGE_TOKENS) :]
 
     def dump(self) -> bytes:
         """All but the pages, for `restore_state`."""
@@ -182,12 +165,6 @@ class SequenceState:
     def nbytes(self) -> int:
         """Bytes held for this sequence, shared pages included."""
         return self.plan.home_bytes + len(self.pages) * self.pool.page_bytes
-
-    def _part(self) -> None:
-        """Own the page that is not full; others may refer to it."""
-        del self.pages[-(-self.position // PAGE_TOKENS) :]
-        if self.position % PAGE_TOKENS:
-            self.pages[-1] = self.pool.copy(self.pages[-1])
 
 
 def state_key(*facts: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from hadal.kernels.cpu.layout import Places
-from hadal.kernels.pages import PAGE_TOKENS, REWIND, SLACK, Page, PagePool
+from hadal.kernels.pages import PAGE_TOKENS, Page, PagedState, PagePool
 
 PADDING = 4096  # kernels may read a little past the end of a buffer
 
@@ -43,7 +43,7 @@ class Scratch:
 
 
 @dataclass
-class CpuState:
+class CpuState(PagedState):
     """State of one sequence after `position` tokens; `draft` belongs to draft blocks that run in plain torch.
 
     Pages that are full never change again, so copies share them. Rings and tails hold what a sequence needs after it
@@ -58,18 +58,11 @@ class CpuState:
     draft: list[Any] = field(default_factory=list)
     position: int = 0
     draft_position: int = 0
-    peak: int = 0  # the furthest position it has rewound from
+    peak: int = 0
 
     def __post_init__(self) -> None:
         # Asked for once: numpy takes longer to tell an address than a row of a small model takes to compute.
         self.home_address, self.table_address = address(self.home), address(self.table)
-
-    def extend(self, end: int) -> None:
-        """Make room for the tokens before position `end`."""
-        while len(self.pages) * PAGE_TOKENS < end:
-            if len(self.pages) == len(self.table):
-                self._use_table(np.concatenate((self.table, np.zeros_like(self.table))))
-            self._put(self.pool.take())
 
     def clone(self) -> CpuState:
         """An independent copy: continuing one leaves the other as it is."""
@@ -81,27 +74,9 @@ class CpuState:
         twin._part()
         return twin
 
-    @property
-    def rewindable(self) -> int:
-        """Tokens that it can forget."""
-        return min(REWIND, self.position - max(self.peak - SLACK, 0))
-
-    def rewind(self, tokens: int) -> None:
-        """Forget the last `tokens`, at most `rewindable`."""
-        assert 0 <= tokens <= self.rewindable
-        was_full = self.position // PAGE_TOKENS
-        self.peak = max(self.peak, self.position)
-        self.position -= tokens
-        if self.position // PAGE_TOKENS < was_full:
-            self._part()  # a page that was full may have other readers
-        else:
-            del self.pages[-(-self.position // PAGE_TOKENS) :]
-
     def adopt(self, pages: Sequence[Page]) -> None:
         """Continue behind pages that hold the tokens before the position."""
         assert not self.pages and len(pages) == -(-self.position // PAGE_TOKENS)
-        while len(self.table) < len(pages):
-            self._use_table(np.zeros(2 * len(self.table), np.int64))
         for page in pages:
             self._put(page)
 
@@ -114,15 +89,9 @@ class CpuState:
         drafts = sum(d.nbytes() for d in self.draft)
         return int(self.home.nbytes + len(self.pages) * self.pool.page_bytes + self.table.nbytes + drafts)
 
-    def _part(self) -> None:
-        """Own the page that is not full; others may refer to it."""
-        del self.pages[-(-self.position // PAGE_TOKENS) :]
-        if self.position % PAGE_TOKENS:
-            self._put(self.pool.copy(self.pages.pop()))
-
     def _put(self, page: Page) -> None:
+        if len(self.pages) == len(self.table):
+            self.table = np.concatenate((self.table, np.zeros_like(self.table)))
+            self.table_address = address(self.table)
         self.table[len(self.pages)] = page.address
         self.pages.append(page)
-
-    def _use_table(self, table: np.ndarray) -> None:
-        self.table, self.table_address = table, address(table)
