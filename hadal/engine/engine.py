@@ -54,8 +54,9 @@ class _Work:
 class Engine:
     """Runs many requests at once; not thread-safe: one thread calls every method but `prepare`.
 
-    Token ids from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen. `plan` says how
-    memory is divided, `stats` what happened so far; `options` are those of `EngineOptions`.
+    Token ids from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen. `weights` are the
+    model's bytes that will still be read into memory. `plan` says how memory is divided, `stats` what happened so far;
+    `options` are those of `EngineOptions`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Engine:
         *,
         device: torch.device | str = "cpu",
         vocabulary: int | None = None,
+        weights: int = 0,
         **options: Any,
     ) -> None:
         self.options = engine_options(options)
@@ -80,7 +82,9 @@ class Engine:
             )
         self.device = torch.device(device)
         free = memory_available(self.device)
-        self.plan = plan_memory(self.options, free=free, weights=0, home=model.home_bytes, page=model.pool.page_bytes)
+        self.plan = plan_memory(
+            self.options, free=free, weights=weights, home=model.home_bytes, page=model.pool.page_bytes
+        )
         self.stats = EngineStats()
         self.store = self._open_store(model) if self.options.prefix_cache else None
         self._drafter = model.drafter

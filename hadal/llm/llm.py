@@ -93,7 +93,8 @@ class LLM:
             )
         if loaded.runner is not None and loaded.runner.residency is not None:
             progress(f"{loaded.runner.residency.estimate}")
-        engine = Engine(loaded, device=where, vocabulary=tokenizer.vocab_size, **options)
+        pending = loaded.runner.pending_bytes if loaded.runner is not None else 0
+        engine = Engine(loaded, device=where, vocabulary=tokenizer.vocab_size, weights=pending, **options)
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
         self._defaults = _own_sampling(directory / "generation_config.json")
         self._read_texts = lambda: _prompt_texts(directory, tokenizer)
@@ -269,7 +270,7 @@ def _forecast(directory: Path, device: torch.device, limits: EngineOptions) -> M
     """How memory is going to be divided, from the headers of the files alone."""
     facts, free = inspect(directory), devices.memory_available(device)
     page = round((facts.kv_bytes_per_token or 0) * PAGE_TOKENS)
-    weights = min(facts.bytes or 0, free // 2)  # experts beyond that stay on disk
+    weights = min(facts.bytes or 0, free * 3 // 4)  # experts beyond that stay on disk
     return plan_memory(limits, free=free, weights=weights, home=facts.state_bytes or 0, page=page)
 
 

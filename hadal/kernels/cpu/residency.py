@@ -63,21 +63,33 @@ class Estimate:
         )
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Addresses of packed weights, what keeps them alive, and bytes of them that the system still counts as free."""
+
+    addresses: dict[str, int]
+    held: np.ndarray
+    pending: int
+    residency: Residency | None
+
+
 def place_weights(
     config: ModelConfig, items: Sequence[Packing], identity: str | None, lookup: Lookup, expert_memory: int | None,
     release: Callable[[], None] | None,
-) -> tuple[dict[str, int], Any, Residency | None]:  # fmt: skip
-    """Addresses of packed weights, what keeps them alive, and the manager of experts where they are not all in memory.
+) -> Placed:  # fmt: skip
+    """Pack the weights, with a manager of experts where they are not all to be in memory.
 
     `expert_memory` is in bytes; None leaves it to what is free. Raises CpuError for a budget without room to work.
     """
     assert identity is not None or expert_memory is None
     budget = None if identity is None else _budget(items, expert_memory)
     packed = packed_weights(items, identity, on_disk=budget is not None, release=release)
+    mapped = 0 if packed.file is None else _nbytes(items)
     if budget is None:
-        return packed.addresses, packed.held, None
+        return Placed(packed.addresses, packed.held, mapped, None)
     residency = Residency(config, items, packed, lookup, budget)
-    return packed.addresses | residency.addresses, (packed.held, residency), residency
+    pending = mapped - residency.estimate.expert_bytes + residency.estimate.resident_bytes
+    return Placed(packed.addresses | residency.addresses, packed.held, pending, residency)
 
 
 def _budget(items: Sequence[Packing], expert_memory: int | None) -> int | None:
@@ -86,7 +98,7 @@ def _budget(items: Sequence[Packing], expert_memory: int | None) -> int | None:
     experts, total = _nbytes(stacks), _nbytes(items)
     least = 2 * max((item.nbytes for item in stacks), default=0)
     if expert_memory is None:
-        room = memory_available(torch.device("cpu")) * 7 // 8  # sequences and everybody else need some, too
+        room = memory_available(torch.device("cpu")) * 5 // 8  # sequences and everybody else need some, too
         if total <= max(room, KEEP_FROM):
             return None
         expert_memory = max(room - (total - experts), least)

@@ -54,7 +54,8 @@ class CpuRunner:
 
     `frequencies` are the rotary frequencies [R/2] of plain and of compressed layers. With an `identity` of the
     checkpoint the packed weights are kept on disk, and of the experts no more than `expert_memory` bytes in memory;
-    `release` gives back memory of weights that have been read.
+    `release` gives back memory of weights that have been read. `pending_bytes` are those that weights still take of the
+    memory that counts as free.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class CpuRunner:
         wanted = ROWS_PER_EXPERT * config.n_routed_experts // config.num_experts_per_tok
         self.max_rows = min(max(wanted, MAX_ROWS), MOST_ROWS)
         plan = plan_packing(config, lookup)
-        packed, self._held, self.residency = place_weights(config, plan.items, identity, lookup, expert_memory, release)
+        self._placed = placed = place_weights(config, plan.items, identity, lookup, expert_memory, release)
+        self.residency, self.pending_bytes = placed.residency, placed.pending
         self._team = team(isa)
         self._jobs: JobList = build_jobs(
-            config, isa, self.shapes, self.places, plan, packed, lookup, frequencies, self.max_rows
+            config, isa, self.shapes, self.places, plan, placed.addresses, lookup, frequencies, self.max_rows
         )
         self._words = np.zeros(self.max_rows * (_ROW_ARRAYS + len(SPAN)), np.int64)
         self._words_address = address(self._words)

@@ -33,11 +33,13 @@ class Slots:
     def __init__(self, file: Path, offsets: Sequence[int], nbytes: int, count: int) -> None:
         self.nbytes, self.count = nbytes, count
         self.asked = self.hits = self.bytes_read = 0
-        try:  # private and anonymous: it counts towards the process's limits, and only slots in use take any
+        try:  # private and anonymous: it counts towards the process's limits, and only used slots take any
             self._memory = mmap.mmap(-1, count * nbytes + PADDING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             size = f"{count * nbytes / 2**30:.1f} GiB"
             raise CpuError(f"{size} of memory for experts cannot be had ({error}); ask for less") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.address: int = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._file, self._offsets = _open(file), offsets
         weakref.finalize(self, os.close, self._file)

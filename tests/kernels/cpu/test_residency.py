@@ -188,6 +188,15 @@ def test_the_estimate_follows_from_bytes_and_rates(path: Path, nbytes: int) -> N
     )
 
 
+def test_what_weights_will_take_of_free_memory_is_told(path: Path, whole: Model, nbytes: int) -> None:
+    runners = [whole.runner, load_model(path, "cpu", expert_memory=90 * nbytes).runner]
+    assert runners[0] is not None and runners[1] is not None
+    experts = (LAYERS + 1) * EXPERTS * nbytes
+    assert runners[0].pending_bytes - experts == runners[1].pending_bytes - 90 * nbytes > 0
+    nano = load_model("nano", "cpu").runner
+    assert nano is not None and nano.pending_bytes == 0  # packed in memory
+
+
 def test_budgets_without_room_or_use(path: Path, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CpuError, match=f"expert_memory is {nbytes} bytes; two experts of this model take {2 * nbytes}"):
         load_model(path, "cpu", expert_memory=nbytes)
