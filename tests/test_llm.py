@@ -312,3 +312,11 @@ def test_samples_of_one_prompt_are_told_apart_and_repeat() -> None:
     ids = [out.token_ids for out in once.outputs]
     assert len({tuple(i) for i in ids}) == 3
     assert ids == [out.token_ids for out in again.outputs]
+
+
+def test_prompts_that_find_the_queue_full_leave_nothing_behind() -> None:
+    llm = scripted_llm({}, max_concurrent=1, max_waiting=1)
+    with pytest.raises(RequestError, match="wait already"):
+        llm.generate(["a b", "c d", "e f"], SamplingParams(max_tokens=2))
+    assert not llm.busy
+    assert len(llm.generate(["a b", "c d"], SamplingParams(max_tokens=2))) == 2

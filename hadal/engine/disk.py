@@ -168,8 +168,12 @@ class DiskStore:
                             more.append(page)
                         if member is file:
                             home = _read_part(stream, *parts[-1])
-                except (OSError, _Damaged) as error:
+                except (FileNotFoundError, _Damaged) as error:
                     self._discard(member, error)
+                    return None
+                except OSError as error:  # it may be sound: it is forgotten until the folder is opened again
+                    self._fail(error)
+                    self._remove(member, delete=False)
                     return None
                 pages, end = more + pages, member.begin
             return bytes(home), pages
@@ -248,12 +252,13 @@ class DiskStore:
             key = file.snapshot.key
             self.by_key[key] = (*self.by_key.get(key, ()), file)
 
-    def _remove(self, file: File) -> None:
+    def _remove(self, file: File, delete: bool = True) -> None:
         if self.files.pop(file.name, None) is None:
             return
         for child in [f for f in self.files.values() if f.parent == file.name]:
-            self._remove(child)
-        _delete(self.folder / file.name)
+            self._remove(child, delete)
+        if delete:
+            _delete(self.folder / file.name)
         self.nbytes -= file.nbytes
         for block in file.blocks:
             self.by_block.pop(block, None)

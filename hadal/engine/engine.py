@@ -21,11 +21,11 @@ from torch import Tensor
 from hadal.device import memory_available
 from hadal.engine.check import find_faults
 from hadal.engine.disk import DiskStore
-from hadal.engine.memory import plan_memory
+from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.model import LanguageModel
-from hadal.engine.options import engine_options
+from hadal.engine.options import EngineOptions, engine_options
 from hadal.engine.prefix import PrefixStore
-from hadal.engine.request import FinishReason, Request, RequestError, SamplingParams, check_prompt
+from hadal.engine.request import Request, RequestError, SamplingParams, check_prompt
 from hadal.engine.sampler import Draw, Sampler
 from hadal.engine.scheduler import Item, Limits, Plan, plan_step
 from hadal.engine.stats import EngineStats
@@ -54,8 +54,8 @@ class _Work:
 class Engine:
     """Runs many requests at once; not thread-safe: one thread calls every method but `prepare`.
 
-    Token ids from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen. `weights` are the
-    model's bytes that will still be read into memory. `plan` says how memory is divided, `stats` what happened so far;
+    Token ids from `vocabulary` on, which a model may have as padding, are neither accepted nor chosen. `weights` bytes
+    of the model are still to be read into memory. `plan` says how memory is divided, `stats` what happened so far;
     `options` are those of `EngineOptions`.
     """
 
@@ -86,7 +86,7 @@ class Engine:
             self.options, free=free, weights=weights, home=model.home_bytes, page=model.pool.page_bytes
         )
         self.stats = EngineStats()
-        self.store = self._open_store(model) if self.options.prefix_cache else None
+        self.store = _open_store(model, self.options, self.plan) if self.options.prefix_cache else None
         self._drafter = model.drafter
         most = self._drafter.most if self._drafter else 0
         wanted = self.options.speculation
@@ -99,12 +99,6 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
-    def _open_store(self, model: LanguageModel) -> PrefixStore:
-        folder, disk = self.options.prefix_folder, None
-        if folder is not None:
-            disk = DiskStore(folder, model.state_key, self.options.prefix_disk)
-        return PrefixStore(memory_bytes=self.plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk)
-
     def close(self) -> None:
         """Write what waits to be kept on disk; the engine is of no use afterwards."""
         for request in [*self._running, *self._waiting]:
@@ -116,12 +110,6 @@ class Engine:
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
-
-    @property
-    def full(self) -> bool:
-        """Whether as many requests run and wait as may."""
-        most = self.options.max_waiting
-        return most is not None and self.waiting + self.running >= most + self.options.max_concurrent
 
     @property
     def waiting(self) -> int:
@@ -159,33 +147,51 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a prepared request, to join the batch at a following step. Raises EngineBusy when the queue is full."""
         assert request.state is None and not request.finished
-        if self.full:
-            raise EngineBusy(f"{self.options.max_waiting} requests wait already; try again later")
+        most = self.options.max_waiting
+        if most is not None and self.waiting + self.running >= most + self.options.max_concurrent:
+            raise EngineBusy(f"{most} requests wait already; try again later")
         self._waiting.append(request)
 
     def abort(self, request: Request) -> None:
         """End a request now and free its state; nothing happens if it has ended already."""
         if not request.finished:
-            self._finish(request, "abort")
+            request.finish_reason = "abort"
+            self._leave(request, spoilt=False)
 
     def step(self) -> list[Request]:
         """Compute one ragged forward and return the requests that gained tokens or ended with an error."""
         self._began = time.perf_counter()
         with torch.inference_mode():
             work = self._begin(self._schedule())
-            if not work:
-                return []
-            logits_RV = self._forward(work)
-            ready = self._choose(work, logits_RV)
-            if self._most_drafts:
-                self._draft(work)
-        self._keep(work)
-        for request in ready:
-            if request.finished:
-                self._leave(request, request.finish_reason == "error")
+            try:
+                ready = self._compute(work) if work else []
+            except BaseException as error:
+                self._break_off(work, error)
+                raise
         if not self.busy:
             self._check_idle()
         return ready
+
+    def _compute(self, work: Sequence[_Work]) -> list[Request]:
+        logits_RV = self._forward(work)
+        ready = self._choose(work, logits_RV)
+        if self._most_drafts:
+            self._draft(work)
+        self._keep(work)
+        for request in [r for r in ready if r.finished]:
+            self._leave(request, spoilt=request.error is not None)
+        return ready
+
+    def _break_off(self, work: Sequence[_Work], error: BaseException) -> None:
+        """A step that fails leaves states nobody can trust; its requests fail, or begin anew after an interrupt."""
+        for request in (w.request for w in work):
+            if request.state is not None:
+                if isinstance(error, Exception) and not request.finished:
+                    request.error = f"the engine failed on this request ({type(error).__name__}); see its log"
+                    request.finish_reason = "error"
+                self._leave(request, spoilt=True)
+                if not request.finished:
+                    self._waiting.appendleft(request)
 
     def check(self) -> list[str]:
         """What is wrong with pages, references and queues; nothing, unless there is a mistake in the program."""
@@ -195,11 +201,12 @@ class Engine:
     def _schedule(self) -> Plan:
         self._turn += 1
         items = [self._item(r) for r in self._running]
-        items += [self._item(r) for r in self._waiting if not _follows(r)]
+        items += [self._item(r) for r in self._waiting if not r.follows]
         if not items:
             return Plan((), (), ())
         # The longest context decides how many rows one native step takes.
-        longest = max(item.position for item in items) + self.options.token_budget
+        longest = max(item.position if item.running else item.position + item.todo for item in items)
+        longest += self.options.token_budget
         rows = max(min(self.options.token_budget, self._model.step_rows(longest)), 1)
         # What only the prefix store holds counts as free: it gives up what the plan needs.
         held = min(sum(len(r.state.pages) for r in self._running), self._model.pool.live)
@@ -209,17 +216,17 @@ class Engine:
         return plan
 
     def _make_room(self, pages: int) -> None:
-        """Have the prefix store give up what it must for so many new pages."""
-        short = pages - (self.plan.pages - self._model.pool.live)
-        if short > 0 and self.store is not None:
-            self.store.shrink(short)
+        """Have the prefix store give up what it must for so many new pages; its homes take the room of pages."""
+        if self.store is not None:
+            homes = self.store.home_bytes // max(self.plan.page, 1)
+            short = pages + homes - (self.plan.pages - self._model.pool.live)
+            if short > 0:
+                self.store.shrink(short)
 
     def _item(self, request: Request) -> Item:
         known, state = len(request.token_ids), request.state
         if state is None:
             return Item(request.id, request.priority, request.tenant, 0, known, bool(request.output_ids), 0, False, 0)
-        if state.position >= known:  # a step broke off between the forward and its tokens
-            state.rewind(state.position - known + 1)
         position = state.position
         todo, decoding = known - position, bool(request.output_ids)
         room = min(len(request.drafts), request.limit - len(request.output_ids) - 1) if todo == 1 else 0
@@ -251,22 +258,16 @@ class Engine:
         tokens, found = request.token_ids, None
         if self.store is not None:
             found = self.store.lookup(tokens, request.tenant, len(tokens) - 1)
-            request.stops = self._stops(found.length, found.shared, len(tokens))
-        request.state = found.state if found is not None and found.state is not None else self._model.new_state()
+            request.stops = self.options.stops(found.length, found.shared, len(tokens))
+        state = found.state if found is not None and found.state is not None else self._model.new_state()
         if request.cached_tokens is None:
-            request.cached_tokens, request.cache_reason = request.computed, "off" if found is None else found.reason
-            self.stats.count_admission(len(request.prompt_ids), request.computed, request.cache_reason)
+            request.cached_tokens, request.cache_reason = state.position, "off" if found is None else found.reason
+            self.stats.count_admission(len(request.prompt_ids), state.position, request.cache_reason)
             if self.store is not None:
                 self.store.observe(request.prompt_ids, request.tenant)
         self._waiting.remove(request)
         self._running.append(request)
-
-    def _stops(self, begin: int, shared: int, end: int) -> tuple[int, ...]:
-        every = self.options.snapshot_every
-        stops = set(range((begin // every + 1) * every, end, every))
-        if shared > begin:
-            stops.add(shared)
-        return tuple(sorted(stops))
+        request.state = state
 
     def _preempt(self, request: Request) -> None:
         self.stats.preemptions += 1
@@ -362,41 +363,36 @@ class Engine:
             if end >= _LEAST_KEPT:
                 self.store.put(request.token_ids[:end], request.state.clone(), request.tenant, kind)
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.finish_reason = reason
-        self._leave(request, spoilt=False)
-
     def _leave(self, request: Request, spoilt: bool) -> None:
         """Take an ended request out of the queues; its state is kept unless it is `spoilt`."""
-        if request.state is None:
-            self._waiting.remove(request)
-            return
-        self._running.remove(request)
+        for queue in (self._running, self._waiting):
+            if request in queue:
+                queue.remove(request)
         if spoilt:
             request.state = None
-        else:
+            request.drafts.clear()
+        elif request.state is not None:
             self._hand_over(request, "output")
 
     def _hand_over(self, request: Request, kind: str) -> None:
         state, request.state = request.state, None
         request.drafts.clear()
-        # A step that broke off leaves a position without tokens.
-        if self.store is not None and _LEAST_KEPT <= state.position <= len(request.token_ids):
+        if self.store is not None and state.position >= _LEAST_KEPT:
             self.store.put(request.token_ids[: state.position], state, request.tenant, kind)
 
     def _check_idle(self) -> None:
-        faults = self.check()
-        for fault in faults:
-            _log.error("integrity: %s", fault)
-        self.stats.faults += len(faults)
-        if faults and self.store is not None:
-            self.store.clear()  # what cannot be trusted must not be found
+        if faults := self.check():
+            _log.error("integrity: %s", "; ".join(faults))
+            self.stats.faults += len(faults)
+            if self.store is not None:
+                self.store.clear()  # what cannot be trusted must not be found
 
 
-def _follows(request: Request) -> bool:
-    """Whether a request still waits for another one to compute its prompt."""
-    leader = request.leader
-    return leader is not None and not leader.finished and not leader.output_ids
+def _open_store(model: LanguageModel, options: EngineOptions, plan: MemoryPlan) -> PrefixStore:
+    folder, disk = options.prefix_folder, None
+    if folder is not None:
+        disk = DiskStore(folder, model.state_key, options.prefix_disk)
+    return PrefixStore(memory_bytes=plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk)
 
 
 def _draw(request: Request, ahead: int) -> Draw:

@@ -44,6 +44,12 @@ class EngineOptions:
         self._least("snapshot_every", 128, "snapshots closer than a page are not kept")
         self._least("speculation", 0, "0 switches guessing off")
 
+    def stops(self, begin: int, shared: int, end: int) -> tuple[int, ...]:
+        """Positions behind `begin` at which a prompt that ends at `end` is kept; `shared` others had, too."""
+        every = self.snapshot_every
+        stops = set(range((begin // every + 1) * every, end, every))
+        return tuple(sorted(stops | ({shared} if shared > begin else set())))
+
     def _least(self, name: str, least: int, why: str) -> None:
         value: Any = getattr(self, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):

@@ -70,7 +70,7 @@ class PrefixStore:
         self._seen: dict[str, None] = {}
         self._holders: dict[Page, tuple[int, str]] = {}  # how many snapshots hold a page, and its block if it is full
         self._by_block: dict[str, Page] = {}
-        self._home_bytes = 0
+        self.home_bytes = 0
         names = ["lookups", "tokens_looked_up", "tokens_reused", "hit_memory", "hit_disk", "evicted"]
         names += [f"miss_{reason}" for reason in get_args(Reason)[1:]] + [f"stored_{kind}" for kind in _KINDS]
         self._counters = Counter(dict.fromkeys(names, 0))
@@ -122,7 +122,7 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the snapshots hold, shared pages once."""
-        return len(self._holders) * self._pool.page_bytes + self._home_bytes
+        return len(self._holders) * self._pool.page_bytes + self.home_bytes
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now."""
@@ -227,12 +227,13 @@ class PrefixStore:
         entry = self._index.setdefault(snapshot.key, {}).setdefault(snapshot.tail, _Entry(snapshot, None))
         if entry.state is not None:
             return self._live.move_to_end(entry)
+        entry.snapshot = snapshot  # this state may step back less far than the one that was there before
         self._ghosts.pop(entry, None)
         if state.nbytes() > self._memory_bytes:
             return self._bury(entry)
         entry.state = state
         self._live[entry] = None
-        self._home_bytes += _home_bytes(state, self._pool)
+        self.home_bytes += _home_bytes(state, self._pool)
         for i, page in enumerate(state.pages):
             count, block = self._holders.get(page, (0, blocks[i] if i < len(blocks) else ""))
             self._holders[page] = (count + 1, block)
@@ -244,7 +245,7 @@ class PrefixStore:
     def _drop(self, entry: _Entry) -> None:
         del self._live[entry]
         state, entry.state = entry.state, None
-        self._home_bytes -= _home_bytes(state, self._pool)
+        self.home_bytes -= _home_bytes(state, self._pool)
         for page in state.pages:
             count, block = self._holders.pop(page)
             if count > 1:

@@ -149,6 +149,12 @@ class Request:
         return self.finish_reason is not None
 
     @property
+    def follows(self) -> bool:
+        """Whether it still waits for another request to compute their prompt."""
+        leader = self.leader
+        return leader is not None and not leader.finished and not leader.output_ids
+
+    @property
     def computed(self) -> int:
         """Tokens that the model has seen."""
         return 0 if self.state is None else int(self.state.position)

@@ -82,7 +82,8 @@ class LLM:
         if not directory.is_dir():
             raise CheckpointError("this installation has no embedded model; give a model directory")
         tokenizer = Tokenizer.from_directory(directory)
-        progress(f"{_forecast(directory, where, limits)}")
+        forecast = _forecast(directory, where, limits)
+        progress(f"{forecast}")
         faithful = mode == "faithful"
         dtype = "bfloat16" if faithful else "auto"
         loaded = load_model(directory, device=where, dtype=dtype, fake_quant=faithful, expert_memory=expert_memory)
@@ -183,6 +184,12 @@ class LLM:
         if self._live.pop(generation.request, None) is not None:
             self.engine.abort(generation.request)
 
+    def close(self) -> None:
+        """End what is under way and write prefixes that wait for the disk; the LLM is of no use afterwards."""
+        for generation in list(self._live.values()):
+            self.abort(generation)
+        self.engine.close()
+
     @property
     def busy(self) -> bool:
         """Whether any answer is under way."""
@@ -227,9 +234,9 @@ class LLM:
 
     def _run(self, groups: Sequence[Sequence[Generation]]) -> list[RequestOutput]:
         generations = [generation for group in groups for generation in group]
-        for generation in generations:
-            self.submit(generation)
         try:
+            for generation in generations:
+                self.submit(generation)
             while any(generation.finish_reason is None for generation in generations):
                 self.step()
         finally:

@@ -59,7 +59,7 @@ def create_app(llm: LLM, *, keep_alive_seconds: float = KEEP_ALIVE_SECONDS) -> F
             )
         generation = await asyncio.to_thread(_prepare, llm, body, efforts)
         answer = _Answer(generation, llm)
-        if llm.engine.full:
+        if service.full:
             raise APIError(429, "too many requests run and wait here; send this one again later", code="queue_full")
         if body.stream:
             events = _stream(service, answer, request, keep_alive_seconds)

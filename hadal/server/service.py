@@ -24,6 +24,7 @@ class Ticket:
     def __init__(self, service: Service, generation: Generation) -> None:
         self.generation = generation
         self._service = service
+        service.opened += 1
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
         self._over = False
@@ -46,6 +47,7 @@ class Ticket:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._service.opened -= 1
         if not self._over:  # the client is gone or the handler failed: the engine must not work on
             self._service.abort(self)
 
@@ -56,6 +58,7 @@ class Service:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.opened = 0  # tickets that nobody has left yet
         self._live: dict[Generation, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="hadal-engine", daemon=True)
 
@@ -72,6 +75,12 @@ class Service:
     def active(self) -> int:
         """Answers under way."""
         return len(self._live)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many answers are under way as may run and wait."""
+        limits = self.llm.engine.options
+        return limits.max_waiting is not None and self.opened >= limits.max_waiting + limits.max_concurrent
 
     def open(self, generation: Generation) -> Ticket:
         """Queue a prepared generation; use the ticket in a `with` block, which aborts an answer left early."""
@@ -101,7 +110,7 @@ class Service:
             except Exception:
                 # A failed step does not tell which request caused it: all that ran are ended, those that wait go on.
                 _log.exception("a step of the engine failed; the requests that ran are ended")
-                ran = [g for g in self._live if g.request.state is not None or g.request.finished]
+                ran = [g for g in self._live if g.request.finished]
                 failed = Delta(finish_reason="error", error="the engine failed on this request; see the server's log")
                 self._end(ran or list(self._live), failed)
                 continue
@@ -110,6 +119,7 @@ class Service:
                 if delta.finish_reason is not None:
                     del self._live[generation]
         self._end(list(self._live), Delta(finish_reason="abort"))
+        self.llm.close()
 
     def _obey(self) -> bool:
         """Carry out what has come in, waiting for something when there is nothing to compute; False to stop."""
@@ -120,7 +130,10 @@ class Service:
                 return True
             if command is None:
                 return False
-            command()
+            try:
+                command()
+            except Exception:  # whatever one request did, the others are served on
+                _log.exception("a request could not be queued or ended")
 
     def _end(self, generations: list[Generation], delta: Delta) -> None:
         for generation in generations:

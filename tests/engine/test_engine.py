@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -172,3 +173,60 @@ def test_a_higher_priority_takes_the_place_of_a_lower() -> None:
     engine.submit(alone)
     run(engine)
     assert alone.output_ids == low.output_ids
+
+
+class Failing(FakeModel):
+    """Fails on demand, in the middle of a forward."""
+
+    failure: type[BaseException] | None = None
+
+    def advance(self, *args: Any) -> Any:
+        logits = super().advance(*args)
+        if self.failure is not None:
+            kind, self.failure = self.failure, None
+            raise kind
+        return logits
+
+
+def test_a_step_that_fails_leaves_no_state_that_could_be_found_again() -> None:
+    model = Failing(context=400)
+    engine = Engine(model, token_budget=64)
+    prompt = [5 + i % 40 for i in range(200)]
+    request = add(engine, prompt, GREEDY)
+    engine.step()
+    model.failure = RuntimeError
+    with pytest.raises(RuntimeError):
+        engine.step()
+    assert request.finish_reason == "error" and "RuntimeError" in (request.error or "")
+    assert not engine.busy and engine.check() == []
+    again = add(engine, prompt, GREEDY)
+    run(engine)
+    assert again.cached_tokens == 0 and again.output_ids == model.greedy(prompt, 8)
+
+
+def test_an_interrupted_step_begins_anew() -> None:
+    model = Failing(context=400)
+    engine = Engine(model, token_budget=64)
+    requests = [add(engine, [5 + i] * 100, GREEDY) for i in range(3)]
+    for _ in range(7):
+        engine.step()
+        model.failure = KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert engine.check() == []
+    run(engine)
+    for r in requests:
+        assert r.output_ids == model.greedy(list(r.prompt_ids), 8)
+
+
+def test_a_hit_far_behind_a_context_keeps_the_step_as_short_as_the_model_can() -> None:
+    model = FakeModel(context=4000)
+    model.step_rows = lambda longest: max(1, 20_000 // longest)  # type: ignore[method-assign]
+    engine = Engine(model, token_budget=512)
+    prompt = [5 + i % 40 for i in range(1500)]
+    add(engine, prompt, GREEDY)
+    run(engine)
+    model.steps.clear()
+    add(engine, prompt + [7] * 300, GREEDY)
+    run(engine)
+    assert max(map(sum, model.steps)) <= 20_000 // 1500
