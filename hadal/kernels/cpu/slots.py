@@ -23,6 +23,7 @@ from hadal.kernels.cpu.memory import PADDING
 from hadal.kernels.cpu.target import CpuError
 
 READERS = 2  # a large read keeps a disk busy by itself, and more of them delay the one that is waited for
+_TOUCHED = 1 << 28  # bytes, some tenths of a second of reading
 _SAMPLE = 1 << 26  # bytes that tell the memory's rate
 _KEPT = 0.98  # of a score per row: half of it is about the last 35 rows
 
@@ -33,14 +34,16 @@ class Slots:
     def __init__(self, file: Path, offsets: Sequence[int], nbytes: int, count: int) -> None:
         self.nbytes, self.count = nbytes, count
         self.asked = self.hits = self.bytes_read = 0
-        try:  # private and anonymous: it counts towards the process's limits, and only used slots take any
+        try:  # private and anonymous, which counts towards the process's limits
             self._memory = mmap.mmap(-1, count * nbytes + PADDING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             size = f"{count * nbytes / 2**30:.1f} GiB"
             raise CpuError(f"{size} of memory for experts cannot be had ({error}); ask for less") from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self.address: int = np.frombuffer(self._memory, np.uint8).ctypes.data
+        room = np.frombuffer(self._memory, np.uint8, count * nbytes)
+        room[:_TOUCHED] = 0  # so that the rate of the first reads is the disk's, not that of getting memory
+        self.address: int = room.ctypes.data
         self._file, self._offsets = _open(file), offsets
         weakref.finalize(self, os.close, self._file)
         self._slot = np.full(len(offsets), -1)  # of each key; it is being read where it is not ready

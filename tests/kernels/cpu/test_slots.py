@@ -123,15 +123,6 @@ def test_filling_takes_empty_slots_alone(file: Path) -> None:
     assert rate > 0 and slots.resident() == [0, 1, 2, 9] and slots.memory_rate() > 0
 
 
-def test_only_used_slots_take_memory(file: Path) -> None:
-    slots = Slots(file, [PAGE] * BLOCKS, PAGE, 1 << 16)
-    before = int(Path("/proc/self/statm").read_text().split()[1])
-    use_one = keys(0)
-    slots.want(use_one)
-    slots.arrived(use_one)
-    assert int(Path("/proc/self/statm").read_text().split()[1]) - before < 1 << 12
-
-
 def test_readers_end_with_what_owns_them(file: Path) -> None:
     def readers() -> int:
         return sum(thread.name == "hadal-reader" for thread in threading.enumerate())
