@@ -237,13 +237,12 @@ class Engine:
 
     def _begin(self, plan: Plan) -> list[_Work]:
         """Move states as the plan says, and collect what the forward is to compute."""
-        by_id = {r.id: r for r in (*self._running, *self._waiting)} if plan.admit or plan.preempt else {}
+        requests = {r.id: r for r in (*self._running, *self._waiting)}
         for key in plan.preempt:
-            self._preempt(by_id[key])
+            self._preempt(requests[key])
         for key in plan.admit:
-            self._admit(by_id[key])
+            self._admit(requests[key])
         work = []
-        requests = {r.id: r for r in self._running}
         for key, count, drafts in plan.spans:
             request = requests[key]
             begin = request.computed  # a prefix that was found makes it more than the plan knew
