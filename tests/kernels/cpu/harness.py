@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from hadal.kernels.cpu.layout import PAGE_TOKENS, SPAN, STEP, Shapes
@@ -57,6 +58,11 @@ def walsh(dim: int) -> np.ndarray:
     while len(matrix) < dim:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return matrix * dim**-0.5
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    """Normal numbers that a seed repeats."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Kernels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from hadal.kernels import Numerics, kernel_table
 from hadal.kernels.cpu import table_rows
-from hadal.kernels.cpu.target import Isa
 from hadal.kernels.keys import Attended, IndexQuery
 from hadal.kernels.pages import PAGE_TOKENS, PagePool
 from hadal.kernels.reference.compress import encode_index, index_scores, order_topk
 from hadal.kernels.stored import RowForm, Shelf, StoredRows
-from tests.kernels.cpu.harness import instruction_sets
+from tests.kernels.cpu.harness import instruction_sets, random
 
 REFERENCE = kernel_table("reference")
 EXAMPLES = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -27,13 +25,8 @@ SEEDS, STARTS, LENGTHS = st.integers(0, 10**6), st.integers(0, 400), st.sampled_
 
 if not instruction_sets():
     pytest.skip("no emitted kernels for this processor", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("isa")
 CPU = kernel_table("cpu")
-
-
-@pytest.fixture(params=instruction_sets(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with patch("hadal.kernels.cpu.call.detect", lambda: (Isa(request.param), "chosen by the test")):
-        yield request.param
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,6 @@ SIZES = [
     Sizes(heads=37, dim=48, rotary=16, window=8),
     Sizes(heads=64, dim=128, rotary=64, window=128, topk=70),
 ]
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Case:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from unittest.mock import patch
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hadal.kernels import kernel_table
-from hadal.kernels.cpu.target import Isa
-from tests.kernels.cpu.harness import instruction_sets
+from tests.kernels.cpu.harness import instruction_sets, random
 
 REFERENCE = kernel_table("reference")
 EPS = 1e-6
@@ -22,18 +20,9 @@ SEEDS, COUNTS = st.integers(0, 10**6), st.sampled_from([1, 2, 5, 16, 17, 64])
 
 if not instruction_sets():
     pytest.skip("no emitted kernels for this processor", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("isa")
 CPU = kernel_table("cpu")
 CANCELLED = 2e-6  # of sums of a few numbers near 1
-
-
-@pytest.fixture(params=instruction_sets(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with patch("hadal.kernels.cpu.call.detect", lambda: (Isa(request.param), "chosen by the test")):
-        yield request.param
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_rounded(found: Tensor, exact: Tensor, slack: float = 0.0) -> None:

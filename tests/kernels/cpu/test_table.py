@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -18,9 +17,9 @@ from hadal.checkpoint import CheckpointError, load_model
 from hadal.kernels import KernelError, Numerics, kernel_table
 from hadal.kernels.cpu import call, panels
 from hadal.kernels.cpu.pack import Weight
-from hadal.kernels.cpu.target import Isa, detect
+from hadal.kernels.cpu.target import detect
 from hadal.quant import PackedWeight, fake_quant_fp8, quantise_fp4, quantise_fp8
-from tests.kernels.cpu.harness import instruction_sets
+from tests.kernels.cpu.harness import instruction_sets, random
 from tests.kernels.cpu.models import tokens, write_tiny
 
 REFERENCE = kernel_table("reference")
@@ -32,17 +31,8 @@ LIMIT = 2.0
 
 if not instruction_sets():
     pytest.skip("no emitted kernels for this processor", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("isa")
 CPU = kernel_table("cpu")
-
-
-@pytest.fixture(params=instruction_sets(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with patch("hadal.kernels.cpu.call.detect", lambda: (Isa(request.param), "chosen by the test")):
-        yield request.param
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weight(form: str, seed: int, rows: int, columns: int) -> Weight:
