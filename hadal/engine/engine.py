@@ -260,6 +260,7 @@ class Engine:
             request.stops = self.options.stops(found.length, found.shared, len(tokens))
         state = found.state if found is not None and found.state is not None else self._model.new_state()
         if request.cached_tokens is None:
+            request.admitted = time.monotonic()
             request.cached_tokens, request.cache_reason = state.position, "off" if found is None else found.reason
             self.stats.count_admission(len(request.prompt_ids), state.position, request.cache_reason)
             if self.store is not None:

@@ -133,6 +133,7 @@ class Request:
     finish_reason: FinishReason | None = None
     error: str | None = None
     state: Any = None  # the model's state of this sequence while it runs
+    admitted: float | None = None  # when it first got a state, by time.monotonic
     cached_tokens: int | None = None  # prompt tokens found in the prefix store when it first ran
     cache_reason: str = ""  # "hit", or why no prefix was found
     drafts: list[int] = field(default_factory=list)  # guesses of the tokens after the last one

@@ -1,0 +1,72 @@
+"""APIError: what the server answers when it cannot serve a request, in the shape of the API that was asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+# Statuses are DeepSeek's (its page of error codes); types are OpenAI's and Anthropic's words for the same.
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "insufficient_balance_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+CLIENT_GONE = 499  # never sent: nobody is there to read it
+
+
+class APIError(Exception):
+    """An error as the client sees it; `retry_after` is in seconds. `param` names the offending field by its path."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.code = code or self.type
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's and DeepSeek's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's shape, whose word for a failure of the server is api_error."""
+        kind = "api_error" if self.type == "server_error" else self.type
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+def validation_error(errors: Sequence[Any]) -> APIError:
+    """One sentence about the first of pydantic's errors, naming the field by its path in the body."""
+    first = errors[0]
+    path = ""
+    for part in first["loc"][1:] if first["loc"][:1] in (("body",), ("query",)) else first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    kind = first["type"]
+    if kind == "json_invalid":
+        return APIError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if kind == "extra_forbidden":
+        return APIError(422, f"unknown field `{path}`; remove it", param=path, code="unknown_parameter")
+    if kind == "missing" and path:
+        return APIError(422, f"field `{path}` is missing", param=path, code="missing_required_parameter")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    given = json.dumps(first.get("input"), default=str)
+    shown = f" (given {given})" if kind != "value_error" and len(given) <= 60 else ""
+    prefix = f"`{path}`: " if path else ""
+    return APIError(422, f"{prefix}{message[:1].lower()}{message[1:]}{shown}", param=path or None)
