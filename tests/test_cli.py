@@ -83,7 +83,7 @@ def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     import hadal.cli
 
     llm = scripted_llm({"hello": "fine</think>a\x1b[31mb\x07c"})
-    monkeypatch.setattr(hadal.cli, "_load", lambda *args, **options: llm)
+    monkeypatch.setattr(hadal.cli.talk, "load_llm", lambda *args, **options: llm)
     made = run("chat", "--temperature", "0", input="hello\n")
     assert made.exit_code == 0 and "fine\n\na[31mbc\n" in made.stdout
     assert "\x1b" not in made.stdout and "\x07" not in made.stdout
@@ -95,10 +95,10 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_all(
     import hadal.cli
 
     llm = scripted_llm({"hello": "a\x1b[31mb"})
-    monkeypatch.setattr(hadal.cli, "_load", lambda *args, **options: llm)
+    monkeypatch.setattr(hadal.cli.talk, "load_llm", lambda *args, **options: llm)
     for terminal, shown in ((True, "a[31mb\n"), (False, "a\x1b[31mb\n")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        hadal.cli.generate("hello", temperature=0.0)
+        hadal.cli.talk.generate("hello", temperature=0.0)
         assert capsys.readouterr().out == shown
 
 
@@ -109,7 +109,7 @@ def test_a_turn_that_cannot_be_answered_is_dropped_and_chat_goes_on(monkeypatch:
 
     llm = scripted_llm({"broken": None, "hello": "fine</think>yes"})
     lines = iter([bad, "hello"])
-    monkeypatch.setattr(hadal.cli, "_load", lambda *args, **options: llm)
+    monkeypatch.setattr(hadal.cli.talk, "load_llm", lambda *args, **options: llm)
     monkeypatch.setattr(hadal.terminal, "ask", lambda console: next(lines, None))
     made = run("chat", "--temperature", "0")
     assert made.exit_code == 0, made.output

@@ -1,0 +1,5 @@
+"""`python -m hadal.cli`."""
+
+from hadal.cli import main
+
+main()
