@@ -3,7 +3,7 @@
 from hadal.engine.engine import Engine, EngineBusy
 from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.options import EngineOptions, engine_options
-from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
+from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams, StructuredOutput
 
 __all__ = [
     "Engine",
@@ -15,6 +15,7 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "engine_options",
     "plan_memory",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_SCHEMA = 128 * 1024  # bytes of a JSON schema
+MAX_GRAMMAR = 64 * 1024  # bytes of a regular expression, of a Lark grammar, or of all choices together
 
 
 class RequestError(ValueError):
@@ -25,12 +28,66 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What an answer must be, as exactly one of five; RequestError for none, several, or one beyond the size limits.
+
+    `json_schema` asks for JSON of a schema, `json_object` for any JSON object, `regex` (Rust's syntax)
+    and `grammar` (Lark, in llguidance's dialect) for text that matches as a whole, `choice` for one of several texts. It
+    is compiled where text exists, above the engine.
+    """
+
+    json_schema: Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured output has {' and '.join(given) or 'nothing'}; give exactly one of "
+                f"{', '.join(self.__slots__)}",
+                "structured",
+            )
+        (name,) = given
+        value, limit = getattr(self, name), MAX_GRAMMAR
+        if name == "json_schema":
+            _check(name, value, isinstance(value, Mapping), "an object")
+            value, limit = _as_json(value), MAX_SCHEMA
+        elif name == "json_object":
+            _check(name, value, value is True, "True or False")
+            return
+        elif name == "choice":
+            ok = isinstance(value, list | tuple) and bool(value) and all(isinstance(c, str) and c for c in value)
+            _check(name, value, ok, "a list of non-empty strings")
+            object.__setattr__(self, name, tuple(value))
+            value = "".join(value)
+        else:
+            _check(name, value, isinstance(value, str) and bool(value), "a non-empty string")
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise RequestError(f"`{name}` holds half of a surrogate pair, which is no character", name) from None
+        if size > limit:
+            raise RequestError(f"`{name}` takes {size} bytes; at most {limit} are accepted, make it smaller", name)
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"`json_schema` is not JSON ({error})", "json_schema") from None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to end, in vLLM's names; RequestError for a value out of range.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `max_tokens` None means up to the end
     of the context. `seed` None draws a fresh one for each request. `logprobs` N asks for the chosen token and the N
-    likeliest. `stop` strings end the text in front of them; they are matched where text exists, above the engine.
+    likeliest, `prompt_logprobs` N for the same of each prompt token but the first. `stop` strings end the text in front
+    of them; they are matched where text exists, above the engine. `structured` says what the answer must be.
     """
 
     n: int = 1
@@ -43,6 +100,8 @@ class SamplingParams:
     stop_token_ids: list[int] | tuple[int, ...] | None = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         stop = _as_tuple("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
@@ -64,9 +123,13 @@ class SamplingParams:
         _check("stop", self.stop, stops_ok, f"at most {MAX_STOPS} non-empty strings")
         ids_ok = all(_is_int(i) and i >= 0 for i in self.stop_token_ids or ())
         _check("stop_token_ids", self.stop_token_ids, ids_ok, "token ids >= 0")
-        count_ok = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_TOP_LOGPROBS)
-        _check("logprobs", self.logprobs, count_ok, f"None or an integer from 0 to {MAX_TOP_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            count_ok = count is None or (_is_int(count) and 0 <= count <= MAX_TOP_LOGPROBS)
+            _check(name, count, count_ok, f"None or an integer from 0 to {MAX_TOP_LOGPROBS}")
         _check("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
+        known = self.structured is None or isinstance(self.structured, StructuredOutput)
+        _check("structured", self.structured, known, "a StructuredOutput or None")
 
 
 def _check(name: str, value: Any, ok: bool, wanted: str) -> None:

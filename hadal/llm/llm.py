@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -38,6 +38,7 @@ from hadal.text.tokens import USER
 
 PromptLike = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+ToolChoice = str | Mapping[str, Any]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 _OFFICIAL_USER_ID = 128803  # the user token's id in the vendor's vocabulary
@@ -49,6 +50,7 @@ class ChatOptions(TypedDict, total=False):
     thinking: bool
     reasoning_effort: str | None
     tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: ToolChoice | None
 
 
 class LLM:
@@ -139,7 +141,7 @@ class LLM:
         """
         many = _as_list(prompts)
         params = self._spread(sampling_params, len(many))
-        return self._run([self._prepare_prompt(prompt, p) for prompt, p in zip(many, params, strict=True)])
+        return self._run([self.prepare_prompt(prompt, p) for prompt, p in zip(many, params, strict=True)])
 
     def chat(
         self, messages: Messages | Sequence[Messages], sampling_params: Sampling = None, **options: Unpack[ChatOptions]
@@ -151,7 +153,7 @@ class LLM:
 
     def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """As `generate` for one prompt and one answer, delta by delta; closing the iterator ends the request."""
-        return self._follow(self._prepare_prompt(prompt, sampling_params or self.default_params()))
+        return self._follow(self.prepare_prompt(prompt, sampling_params or self.default_params()))
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None, **options: Unpack[ChatOptions]
@@ -167,12 +169,33 @@ class LLM:
         thinking: bool = True,
         reasoning_effort: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
+        tenant: str = "",
+        priority: int = 0,
     ) -> list[Generation]:
-        """The `n` checked answers-to-be, not queued yet; changes nothing here, so any thread may call it."""
+        """The `n` checked answers-to-be, not queued yet; changes nothing here, so any thread may call it.
+
+        `tool_choice` has OpenAI's shape: "none", "auto", "required" or a named function.
+        """
+        if tool_choice not in (None, "auto", "none") or params.structured is not None:
+            raise RequestError("structured output and forced tools are not served; leave them out", "tool_choice")
         prompt = encode_messages(messages, self._texts, thinking=thinking, effort=reasoning_effort, tools=tools)
         if prompt.end == "closed":
             raise RequestError("the last message leaves nothing to answer; end with a user or tool message", "messages")
-        return self._prepare(self.tokenizer.encode_pieces(prompt.pieces), params, prompt.text, prompt)
+        return self._prepare(self.tokenizer.encode_pieces(prompt.pieces), params, prompt.text, prompt, tenant, priority)
+
+    def prepare_prompt(
+        self, prompt: PromptLike, params: SamplingParams, *, tenant: str = "", priority: int = 0
+    ) -> list[Generation]:
+        """As `prepare_chat`, for a text or token ids to be continued."""
+        if params.structured is not None:
+            raise RequestError("structured output is not served; leave it out", "structured")
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            if ids[:1] != [self.tokenizer.bos_id]:
+                ids = [self.tokenizer.bos_id, *ids]
+            return self._prepare(ids, params, prompt, None, tenant, priority)
+        return self._prepare(prompt, params, None, None, tenant, priority)
 
     def submit(self, generation: Generation) -> None:
         """Queue a prepared answer; EngineBusy when as many wait as may."""
@@ -216,20 +239,15 @@ class LLM:
             raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each")
         return list(params)
 
-    def _prepare_prompt(self, prompt: PromptLike, params: SamplingParams) -> list[Generation]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-            if ids[:1] != [self.tokenizer.bos_id]:
-                ids = [self.tokenizer.bos_id, *ids]
-            return self._prepare(ids, params, prompt, None)
-        return self._prepare(prompt, params, None, None)
-
     def _prepare(
-        self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None
-    ) -> list[Generation]:
-        first = self.engine.prepare(ids, params)
-        others = [self.engine.prepare(ids, params, stream=i, leader=first) for i in range(1, params.n)]
-        requests = [first, *others]
+        self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None, tenant: str,
+        priority: int,
+    ) -> list[Generation]:  # fmt: skip
+        if params.prompt_logprobs is not None:
+            raise RequestError("prompt log-probabilities are not served; leave them out", "prompt_logprobs")
+        prepare = partial(self.engine.prepare, ids, params, tenant=tenant, priority=priority)
+        first = prepare()
+        requests = [first, *(prepare(stream=i, leader=first) for i in range(1, params.n))]
         return [Generation(request, self.tokenizer, text, chat) for request in requests]
 
     def _run(self, groups: Sequence[Sequence[Generation]]) -> list[RequestOutput]:
