@@ -19,8 +19,10 @@ from hadal.text import (
     OutputParser,
     Prompt,
     Reasoning,
+    SampledTurn,
     StopStrings,
     Tokenizer,
+    find_sampled,
 )
 from hadal.text import ToolCall as WrittenCall
 
@@ -93,6 +95,7 @@ class Generation:
         self.request = request
         self.prompt = prompt
         self.reasoning_tokens = 0
+        self.malformed = self.stray = self.thought_calls = 0  # as OutputParser counts them
         self.finish_reason: FinishReason | None = None
         self.inbox: deque[Delta] | None = None  # deltas that a stream has yet to hand out
         self._tokenizer = tokenizer
@@ -145,10 +148,28 @@ class Generation:
             error=request.error,
         )
 
+    @property
+    def sampled(self) -> SampledTurn | None:
+        """The answer for a later prompt to repeat; None unless it ended by itself or its limit, all of it shown."""
+        request = self.request
+        if self._parser is None or self._stops.matched is not None or request.finish_reason not in ("stop", "length"):
+            return None
+        ids = request.output_ids[:-1] if request.finish_reason == "stop" else request.output_ids
+        return find_sampled(
+            ids,
+            self._tokenizer,
+            thinking=self._thinks,
+            reasoning=self._reasoning,
+            content=self._text,
+            calls=bool(self._tool_calls),
+        )
+
     def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
         if self._parser is None:
             return "", piece, []
         events = self._parser.feed(piece) + (self._parser.finish() if last else [])
+        self.malformed, self.stray = self._parser.malformed, self._parser.stray
+        self.thought_calls = self._parser.thought_calls
         reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
         content = "".join(e.text for e in events if isinstance(e, Content))
         calls = [e for e in events if isinstance(e, WrittenCall)]

@@ -1,7 +1,8 @@
 """The chat codec: OpenAI-shaped messages -> the exact prompt of DeepSeek-V4, for every rule set PromptTexts describes.
 
 A Prompt keeps apart what the grammar wrote and what came from outside, so that the tokenizer can refuse control tokens
-in the latter; its text is byte for byte the official encoding (spec 7.2-7.5).
+in the latter; its text is byte for byte the official encoding (spec 7.2-7.5). An assistant message that brings its
+SampledTurn is written as the model wrote it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hadal.text.prompts import PromptTexts, fill_template
+from hadal.text.sampled import SAMPLED_KEY, SampledTurn
+from hadal.text.tokenizer import Piece
 from hadal.text.tokens import (
     ASSISTANT,
     BOS,
@@ -28,7 +31,6 @@ from hadal.text.tokens import (
 )
 
 Message = Mapping[str, Any]
-Piece = tuple[str, bool]  # text, and whether the grammar wrote it (only then it may hold control tokens)
 PromptEnd = Literal["thinking", "content", "task", "closed"]
 
 # `name` and `mask` (a training mark) have no place in the grammar; every other key that is not listed is an error.
@@ -37,7 +39,7 @@ _ROLE_KEYS: Mapping[str, set[str]] = {
     "system": {"tools", "response_format"},
     "developer": {"tools", "response_format", "task"},
     "user": {"task"},
-    "assistant": {"reasoning_content", "tool_calls", "prefix", "task"},
+    "assistant": {"reasoning_content", "tool_calls", "prefix", "task", SAMPLED_KEY},
     "tool": {"tool_call_id"},
     "latest_reminder": set(),
 }
@@ -48,6 +50,7 @@ _KEY_TYPES: Mapping[str, tuple[type, str]] = {
     "reasoning_content": (str, "a string"),
     "response_format": (Mapping, "an object"),
     "prefix": (bool, "true or false"),
+    SAMPLED_KEY: (SampledTurn, "none, it is not for callers"),
 }
 _MAY_LACK_CONTENT = {"system", "assistant"}
 
@@ -96,6 +99,7 @@ class _Turn:
     calls: tuple[_Call, ...] = ()
     task: str | None = None
     prefix: bool = False
+    sampled: SampledTurn | None = None
 
 
 def encode_messages(
@@ -112,7 +116,8 @@ def encode_messages(
 
     `tools` and `response_format` join the first system message, which is made if there is none. `effort` speaks only
     while thinking. `drop_thinking` leaves out reasoning before the last user turn, unless any message defines tools.
-    A last assistant message with `prefix` true is continued instead of closed. Raises ChatError.
+    A last assistant message with `prefix` true is continued instead of closed; one with a SampledTurn under SAMPLED_KEY
+    is written by that, whatever its content, calls and reasoning are. Raises ChatError.
     """
     if not messages:
         raise ChatError("messages is empty; give at least one message")
@@ -183,8 +188,8 @@ def _read_turn(place: str, message: Message, texts: PromptTexts) -> _Turn:
     if role == "assistant":
         reasoning = message.get("reasoning_content") or ""
         calls = tuple(_read_call(f"{place}.tool_calls[{i}]", c) for i, c in enumerate(message.get("tool_calls") or ()))
-        prefix = bool(message.get("prefix"))
-        return _Turn(place, role, (_Block(text),), reasoning=reasoning, calls=calls, task=task, prefix=prefix)
+        prefix, sampled = bool(message.get("prefix")), message.get(SAMPLED_KEY)
+        return _Turn(place, role, (_Block(text),), (), False, reasoning, calls, task, prefix, sampled)
     sections: list[Piece] = []
     if message.get("tools"):
         schemas = "\n".join(_read_tool(f"{place}.tools[{i}]", tool) for i, tool in enumerate(message["tools"]))
@@ -303,15 +308,17 @@ def _render_assistant(turn: _Turn, follower: _Turn | None, think: bool) -> tuple
     content = turn.blocks[0].text
     if turn.prefix and (follower is not None or turn.calls or turn.task):
         raise ChatError(f"{turn.place} has prefix but is not a plain last message; only a last text can be continued")
-    pieces: list[Piece] = [(turn.reasoning, False)] if think else []
+    made = None if turn.prefix else turn.sampled
+    reasoning: Piece = (turn.reasoning, False) if made is None else (made.reasoning, made.reasoning_ids)
+    pieces: list[Piece] = [reasoning] if think else []
     if turn.prefix and think and not content:
         return pieces, "thinking"  # the think span stays open, so that a prefix can also continue reasoning
     if think:
         pieces.append((THINK_CLOSE, True))
-    pieces.append((content, False))
+    pieces.append((content, False) if made is None else (made.answer, made.answer_ids))
     if turn.prefix:
         return pieces, "content"
-    if turn.calls:
+    if turn.calls and made is None:
         pieces += _render_calls(turn.calls)
     pieces.append((EOS, True))
     if turn.task is not None:

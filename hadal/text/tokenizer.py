@@ -18,6 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hadal.text.tokens import BOS, CONTROL_TOKENS, EOS, FLAGGED_SPECIAL
 
+# A text and how it is encoded: True if control tokens in it count, False if they are characters, or the ids it has.
+Piece = tuple[str, bool | Sequence[int]]
+
 # Splits of the V3 vocabulary, each isolated: digits by threes, runs of CJK and kana, then the alternation of
 # punctuation + Latin letters, one leading mark + letters, punctuation with its line ends, line ends, spaces (spec 7.1).
 _DIGITS = r"\p{N}{1,3}"
@@ -131,15 +134,20 @@ class Tokenizer:
         """Ids of `text`; with `control` False, a control token spelled in it is encoded as ordinary characters."""
         return self.encode_pieces([(text, control)])
 
-    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
         """Ids of the joined pieces, where only pieces marked True may contain control tokens.
 
         BPE runs across the borders of pieces, so without control tokens in the False pieces the ids are those of
-        `encode(joined text)`, which is what the official encoder gives.
+        `encode(joined text)`, which is what the official encoder gives. Pieces that bring their ids are taken as these.
         """
         ids: list[int] = []
         plain: list[str] = []
         for text, control in pieces:
+            if not isinstance(control, bool):
+                ids += self._encode_plain("".join(plain))
+                ids += control
+                plain = []
+                continue
             start = 0
             if control:
                 for match in self._control.finditer(text):
