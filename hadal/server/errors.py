@@ -40,6 +40,17 @@ class APIError(Exception):
         self.code = code or self.type
         self.retry_after = retry_after
 
+    @classmethod
+    def unaccounted(cls, cause: object) -> APIError:
+        """Keys, limits or ledger are out of reach."""
+        return cls(503, f"{cause}; try again later", code="ledger_unavailable", retry_after=5)
+
+    @classmethod
+    def closing(cls) -> APIError:
+        """The server ends."""
+        message = "the server is shutting down; send the request again"
+        return cls(503, message, code="shutting_down", retry_after=5)
+
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's and DeepSeek's shape."""

@@ -1,142 +1,308 @@
-"""The bridge between many connections and one engine: a thread that steps it, and a queue per answer.
-
-All methods but the thread's own loop belong to the event loop's thread; the engine belongs to the service's thread.
-"""
+"""Service: what every API's endpoints stand on: admission, one way to follow answers, and a row for each of them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import Callable
-from types import TracebackType
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
 
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hadal.accounts import Accounts, AccountsError, Hold, LimitReached, UsageRow
 from hadal.engine import EngineBusy
-from hadal.llm import LLM, Delta, Generation
+from hadal.llm import Delta, Generation
+from hadal.server.ask import Ask
+from hadal.server.backend import Backend, Ticket
+from hadal.server.errors import CLIENT_GONE, APIError
+from hadal.server.gate import caller
+from hadal.server.memory import TurnMemory
+from hadal.server.reply import Reply
+from hadal.server.settings import Settings
+from hadal.server.visit import Observer, Visit
+from hadal.server.wire import Context, MakeWire, Usage, Wire
 
 _log = logging.getLogger("hadal.server")
+_LEDGER_SECONDS = 30.0  # how long an answer waits for its row to be safe
+_MOST_RETRY_AFTER = 300.0
 
 
-class Ticket:
-    """One answer under way: deltas arrive in order, the last one with a finish reason."""
+@dataclass(eq=False)
+class Seat:
+    """A visit that was let in: its answers under way and what it holds until they end."""
 
-    def __init__(self, service: Service, generation: Generation) -> None:
-        self.generation = generation
-        self._service = service
-        service.opened += 1
-        self._loop = asyncio.get_running_loop()
-        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        self._over = False
-
-    async def next(self, timeout: float) -> Delta | None:
-        """The next delta, or None when none came within `timeout` seconds."""
-        try:
-            delta = await asyncio.wait_for(self._deltas.get(), timeout)
-        except TimeoutError:
-            return None
-        self._over = delta.finish_reason is not None
-        return delta
-
-    def put(self, delta: Delta) -> None:
-        """Hand over a delta from the service's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
-
-    def __enter__(self) -> Ticket:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._service.opened -= 1
-        if not self._over:  # the client is gone or the handler failed: the engine must not work on
-            self._service.abort(self)
+    visit: Visit
+    ask: Ask
+    ticket: Ticket
+    hold: Hold
+    context: Context
+    left: bool = False
 
 
 class Service:
-    """Runs one LLM for any number of connections."""
+    """One server's state. All methods belong to the event loop's thread."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.opened = 0  # tickets that nobody has left yet
-        self._live: dict[Generation, Ticket] = {}
-        self._thread = threading.Thread(target=self._run, name="hadal-engine", daemon=True)
-
-    def start(self) -> None:
-        """Begin stepping."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current step; answers under way end with finish reason "abort"."""
-        self._inbox.put(None)
-        self._thread.join()
+    def __init__(self, settings: Settings, accounts: Accounts) -> None:
+        self._settings = settings
+        self.accounts = accounts
+        self.memory = TurnMemory()
+        self.observers: list[Observer] = []
+        self.on_gap: Callable[[float, int], None] | None = None  # see Visit
+        self.seats: set[Seat] = set()
+        self.draining = False
+        self.started = time.time()
+        self._backend: Backend | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
-    def active(self) -> int:
-        """Answers under way."""
-        return len(self._live)
+    def settings(self) -> Settings:
+        """The settings of now, for some change while serving."""
+        return self._settings.now
 
     @property
-    def full(self) -> bool:
-        """Whether as many answers are under way as may run and wait."""
-        limits = self.llm.engine.options
-        return limits.max_waiting is not None and self.opened >= limits.max_waiting + limits.max_concurrent
+    def loaded(self) -> bool:
+        """Whether there is a model to answer."""
+        return self._backend is not None
 
-    def open(self, generation: Generation) -> Ticket:
-        """Queue a prepared generation; use the ticket in a `with` block, which aborts an answer left early."""
-        ticket = Ticket(self, generation)
-        self._inbox.put(lambda: self._submit(ticket))
-        return ticket
+    @property
+    def backend(self) -> Backend:
+        """Where answers come from; APIError 503 while the model is being loaded."""
+        if self._backend is None:
+            raise APIError(503, "the model is being loaded; try again shortly", code="loading", retry_after=5)
+        return self._backend
 
-    def abort(self, ticket: Ticket) -> None:
-        """Have the engine drop an answer."""
-        self._inbox.put(lambda: self._drop(ticket))
+    def attach(self, backend: Backend) -> None:
+        """Begin to answer with `backend`."""
+        backend.start()
+        self._backend = backend
 
-    def _submit(self, ticket: Ticket) -> None:
+    async def drain(self, seconds: float) -> None:
+        """Let nobody in any more, and wait for those who are until they end or `seconds` have passed."""
+        self.draining = True
+        end = time.monotonic() + seconds
+        while self.seats and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End what is under way and write what is to be kept."""
+        self.draining = True
+        if self._backend is not None:
+            await asyncio.to_thread(self._backend.close)
+        for seat in list(self.seats):
+            self.leave(seat, APIError.closing())
+        await asyncio.gather(*self._closing)
+
+    async def respond(self, request: Request, api: str, ask: Ask, make: MakeWire) -> Response:
+        """The HTTP response to `ask`; APIError when it cannot be served."""
+        visit = Visit(api, caller(request), on_gap=self.on_gap)
+        visit.show_cost = request.headers.get("x-hadal-cost", "").lower() in ("1", "true", "usd")
+        seat = await self.admit(visit, ask)
+        return Reply(self, seat, make(seat.context))
+
+    async def answer(self, visit: Visit, ask: Ask, make: MakeWire) -> dict[str, object]:
+        """The finished response without HTTP; APIError when there is none."""
+        seat = await self.admit(visit, ask)
         try:
-            self.llm.submit(ticket.generation)
+            return await self.whole(seat, make(seat.context))
+        finally:
+            self.leave(seat)
+
+    async def admit(self, visit: Visit, ask: Ask) -> Seat:
+        """Check, render and queue what is asked. Whoever gets a seat must `leave` it."""
+        visit.model, visit.stream, visit.user_id, visit.priority = ask.model, ask.stream, ask.user_id, ask.priority
+        try:
+            return await self._admit(visit, ask)
+        except APIError as error:
+            self._end(visit, error)
+            raise
+
+    async def _admit(self, visit: Visit, ask: Ask) -> Seat:
+        backend = self.backend
+        self._check_room(backend)
+        generations, hold = await asyncio.to_thread(self._prepare, backend, visit, ask)
+        try:
+            if self.draining:
+                self._check_room(backend)
+            ticket = backend.open(generations)
         except EngineBusy as error:
-            return ticket.put(Delta(finish_reason="error", error=str(error)))
-        self._live[ticket.generation] = ticket
+            hold.leave()
+            raise self._busy(backend, str(error)) from None
+        except BaseException:
+            hold.leave()
+            raise
+        context = Context(visit.id, int(visit.received), ask, generations, backend.tokenizer)
+        seat = Seat(visit, ask, ticket, hold, context)
+        self.seats.add(seat)
+        return seat
 
-    def _drop(self, ticket: Ticket) -> None:
-        self._live.pop(ticket.generation, None)
-        self.llm.abort(ticket.generation)
+    def _check_room(self, backend: Backend) -> None:
+        if self.draining:
+            raise APIError.closing()
+        if not self.accounts.healthy:
+            raise APIError.unaccounted("answers cannot be accounted for now")
+        load = backend.load
+        if load.full:
+            raise self._busy(backend, "too many requests run and wait here")
+        if load.wait > self.settings.max_wait_seconds:
+            raise APIError(
+                503,
+                f"the server is overloaded: a request would wait about {load.wait:.0f} s; try again later",
+                code="overloaded",
+                retry_after=min(load.wait, _MOST_RETRY_AFTER),
+            )
 
-    def _run(self) -> None:
-        while self._obey():
+    def _busy(self, backend: Backend, cause: str) -> APIError:
+        wait = min(max(backend.load.wait / 2, 1.0), _MOST_RETRY_AFTER)
+        return APIError(429, f"{cause}; send this one again later", code="queue_full", retry_after=wait)
+
+    def _prepare(self, backend: Backend, visit: Visit, ask: Ask) -> tuple[list[Generation], Hold]:
+        """In a worker thread: tokenizing a long prompt takes a while."""
+        tenant = visit.caller.tenant(ask.user_id)
+        try:
+            if ask.messages is not None:
+                recalled = self.memory.recall(
+                    tenant, ask.messages, thinking=ask.thinking, tools=bool(ask.tools), strict=ask.strict_history,
+                    synthetic=visit.api != "chat",
+                )  # fmt: skip
+                ask = replace(ask, messages=tuple(recalled))
+            generations = backend.prepare(ask, tenant)
+        except ValueError as error:
+            if not type(error).__module__.startswith("hadal."):
+                raise
+            raise APIError(400, str(error), param=getattr(error, "param", None)) from error
+        try:
+            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations, ask.samples))
+        except LimitReached as error:
+            code = "insufficient_balance" if error.status == 402 else "rate_limit_exceeded"
+            raise APIError(error.status, str(error), code=code, retry_after=error.retry_after) from None
+        except AccountsError as error:
+            raise APIError.unaccounted(f"limits cannot be checked now: {error}") from error
+
+    async def follow(self, seat: Seat, patience: float) -> AsyncIterator[list[tuple[int, Delta, Usage | None]]]:
+        """What the answers gain, until the last of them has ended; an empty list after `patience` seconds of silence.
+
+        The very last delta comes with the usage, when its row is safe. Raises APIError for what ends the response.
+        """
+        visit, ticket = seat.visit, seat.ticket
+        while ticket.open:
+            parts = await ticket.take(self._patience(visit, patience))
+            for index, delta in parts:
+                if delta.token_ids:
+                    visit.saw(len(delta.token_ids))
+                if delta.finish_reason == "error":
+                    raise APIError(500, delta.error or "the engine failed on this request", code="engine_error")
+                if delta.finish_reason == "abort":
+                    raise APIError.closing()
+                if delta.finish_reason is not None and index == 0:
+                    visit.finish_reason = delta.finish_reason
+            usage = None if ticket.open else await self._settle(seat)
+            last = len(parts) - 1
+            yield [(index, delta, usage if i == last else None) for i, (index, delta) in enumerate(parts)]
+
+    def _patience(self, visit: Visit, patience: float) -> float:
+        """How long to wait for the next delta; APIError for a request that began too late or runs too long."""
+        now, settings = time.monotonic(), self.settings
+        if visit.first_token is None and now >= visit.began + settings.start_seconds:
+            raise APIError(
+                503,
+                f"the answer has not begun within {settings.start_seconds:g} s; try again when the server is less busy",
+                code="start_timeout",
+            )
+        limit = settings.request_seconds
+        if limit is not None and now >= visit.began + limit:
+            raise APIError(
+                503, f"the answer took more than {limit:g} s, which is this server's limit", code="request_timeout"
+            )
+        end = visit.began + min(settings.start_seconds if visit.first_token is None else 1e9, limit or 1e9)
+        return max(min(patience, end - now), 0.001)
+
+    async def whole(self, seat: Seat, wire: Wire) -> dict[str, object]:
+        """The finished response; APIError when there is none."""
+        usage = None
+        async for parts in self.follow(seat, 3600.0):
+            usage = parts[-1][2] if parts else None
+        assert usage is not None
+        return wire.whole([generation.output() for generation in seat.ticket.generations], usage)
+
+    async def _settle(self, seat: Seat) -> Usage:
+        """Write the row of finished answers; nobody sees their end before it is safe."""
+        visit = seat.visit
+        usage = self._usage(seat)
+        visit.usage = usage if visit.show_cost else replace(usage, cost=None)
+        tenant = visit.caller.tenant(seat.ask.user_id)
+        if seat.ask.messages is not None:
+            for generation in seat.ticket.generations:
+                self.memory.remember(tenant, seat.ask.messages, generation.output(), generation.sampled)
+        try:
+            row = self.accounts.record(self._row(seat, usage))
+            await asyncio.wait_for(asyncio.wrap_future(row), _LEDGER_SECONDS)
+        except (AccountsError, TimeoutError) as error:
+            raise APIError.unaccounted("the answer is ready and cannot be accounted for") from error
+        self.leave(seat)
+        return visit.usage
+
+    def _usage(self, seat: Seat) -> Usage:
+        generations, samples = seat.ticket.generations, seat.ask.samples
+        hit = sum(g.request.cached_tokens or 0 for g in generations[::samples])
+        prompt = _prompt_tokens(generations, samples)
+        output = sum(len(g.request.output_ids) for g in generations)
+        reasoning = sum(g.reasoning_tokens for g in generations)
+        cost: Decimal = self.accounts.cost(hit, prompt - hit, output, seat.visit.received)
+        return Usage(prompt, hit, output, reasoning, cost)
+
+    def _row(self, seat: Seat, usage: Usage) -> UsageRow:
+        visit, first = seat.visit, seat.ticket.generations[0].request
+        visit.admitted, visit.cache_reason = first.admitted, first.cache_reason
+        visit.malformed = sum(g.malformed for g in seat.ticket.generations)
+        now = time.monotonic()
+        return UsageRow(
+            id=visit.id, key_id=visit.caller.key.id if visit.caller.key else None, user_id=visit.user_id or "",
+            time=visit.received, api=visit.api, model=visit.model, priority=visit.priority,
+            hit=usage.hit, miss=usage.prompt - usage.hit, output=usage.output, reasoning=usage.reasoning,
+            first_token_seconds=None if visit.first_token is None else visit.first_token - visit.began,
+            seconds=now - visit.began, finish_reason=visit.finish_reason,
+            status=visit.status, cost=usage.cost or Decimal(0),
+        )  # fmt: skip
+
+    def leave(self, seat: Seat, error: APIError | None = None) -> None:
+        """Give up a seat. One that was left before its end has its row written in the background."""
+        if seat.left:
+            return
+        seat.left = True
+        self.seats.discard(seat)
+        early = seat.visit.usage is None
+        seat.ticket.close()
+        if early:
+            error = error or APIError(CLIENT_GONE, "the client closed the connection", code="client_gone")
+            seat.visit.finish_reason = "abort" if error.status == CLIENT_GONE else "error"
+            seat.visit.status = error.status
+            seat.visit.usage = self._usage(seat)
+            task = asyncio.ensure_future(self._record_late(seat))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        seat.hold.leave()
+        self._end(seat.visit, error)
+
+    async def _record_late(self, seat: Seat) -> None:
+        try:
+            assert seat.visit.usage is not None
+            await asyncio.wrap_future(self.accounts.record(self._row(seat, seat.visit.usage)))
+        except AccountsError:
+            _log.exception("the row of a request that ended early could not be written")
+
+    def _end(self, visit: Visit, error: APIError | None) -> None:
+        visit.ended = time.monotonic()
+        if error is not None:
+            visit.status, visit.error = error.status, error.code
+        for observer in self.observers:
             try:
-                advanced = self.llm.step()
+                observer(visit)
             except Exception:
-                # A failed step does not tell which request caused it: all that ran are ended, those that wait go on.
-                _log.exception("a step of the engine failed; the requests that ran are ended")
-                ran = [g for g in self._live if g.request.finished]
-                failed = Delta(finish_reason="error", error="the engine failed on this request; see the server's log")
-                self._end(ran or list(self._live), failed)
-                continue
-            for generation, delta in advanced:
-                self._live[generation].put(delta)
-                if delta.finish_reason is not None:
-                    del self._live[generation]
-        self._end(list(self._live), Delta(finish_reason="abort"))
-        self.llm.close()
+                _log.exception("an observer of visits failed")
 
-    def _obey(self) -> bool:
-        """Carry out what has come in, waiting for something when there is nothing to compute; False to stop."""
-        while True:
-            try:
-                command = self._inbox.get(block=not self.llm.busy)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            try:
-                command()
-            except Exception:  # whatever one request did, the others are served on
-                _log.exception("a request could not be queued or ended")
 
-    def _end(self, generations: list[Generation], delta: Delta) -> None:
-        for generation in generations:
-            ticket = self._live[generation]
-            self._drop(ticket)
-            ticket.put(delta)
+def _prompt_tokens(generations: Sequence[Generation], samples: int) -> int:
+    return sum(len(g.request.prompt_ids) for g in generations[::samples])

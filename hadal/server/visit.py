@@ -1,4 +1,4 @@
-"""Visit: the account of one request from arrival to end, which the ledger, metrics, logs and traces are written from."""
+"""Visit: the account of one request from arrival to end; ledger, metrics, logs and traces are written from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Visit:
     cache_reason: str = ""  # "hit", or why no prefix was found
     finish_reason: str = ""  # of the first answer
     malformed: int = 0  # tool call blocks that came back as text
-    gaps: list[tuple[float, int]] = field(default_factory=list)  # seconds between pieces, and tokens of the later one
+    on_gap: Callable[[float, int], None] | None = None  # told of seconds between pieces, and tokens of the later one
     status: int = 200
     error: str | None = None  # the code of the APIError that ended it
 
@@ -53,8 +53,8 @@ class Visit:
         now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
-        elif self.last_token is not None:
-            self.gaps.append((now - self.last_token, tokens))
+        elif self.last_token is not None and self.on_gap is not None:
+            self.on_gap(now - self.last_token, tokens)
         self.last_token = now
 
 

@@ -1,0 +1,84 @@
+"""create_app: the HTTP application, put together from the routers of all APIs around one Service."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from hadal import __version__
+from hadal.accounts import Accounts
+from hadal.plan.price import PriceBook
+from hadal.server import page
+from hadal.server.backend import Backend
+from hadal.server.errors import APIError, validation_error
+from hadal.server.gate import Gate, error_response
+from hadal.server.service import Service
+from hadal.server.settings import Settings
+
+
+def create_app(
+    backend: Backend | None = None, settings: Settings | None = None, accounts: Accounts | None = None
+) -> FastAPI:
+    """The application; `app.state.service` is its Service, to which a backend can be attached later, once it is loaded.
+
+    Its lifespan starts the backend and the batches, and ends both. Without `accounts` they are those of the settings.
+    """
+    settings = settings or Settings()
+    service = Service(settings, accounts or open_accounts(settings))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if backend is not None:
+            service.attach(backend)
+        yield
+        await service.close()
+        service.accounts.close()
+
+    # No pages of FastAPI's own: they load their scripts from elsewhere.
+    app = FastAPI(title="Hadal", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid_body)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unforeseen)
+    for room in ("chat", "completions", "responses", "anthropic", "catalog", "files", "health", "metrics"):
+        if importlib.util.find_spec(f"hadal.server.{room}"):
+            app.include_router(importlib.import_module(f"hadal.server.{room}").router(service))
+    app.include_router(page.page_router())
+    app.add_middleware(Gate, accounts=service.accounts)
+    return app
+
+
+def open_accounts(settings: Settings) -> Accounts:
+    """Keys, limits and ledger as the settings say."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    book = PriceBook.load(settings.prices)
+    return Accounts(settings.database_url, book, settings.price_list, data=settings.data)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error_response(request.url.path, error)
+
+
+async def _invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _api_error(request, validation_error(error.errors()))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    unknown = error.status_code in (404, 405)
+    message = f"there is no {request.method} {request.url.path} here" if unknown else str(error.detail)
+    return await _api_error(request, APIError(error.status_code, message))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return await _api_error(request, APIError(500, "the server failed on this request; see its log"))
