@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+from hadal.accounts import PRICE_LIST, data_folder
 
 Effort = Literal["low", "high", "max"]
 Habit = Literal["default", "thinking", "non-thinking"]
@@ -78,13 +79,6 @@ class DefaultMaxTokens:
         return self.max_effort if effort == "max" else self.thinking
 
 
-def default_data() -> Path:
-    """HADAL_DATA, else the user's data folder: where database, files of clients and batches are kept."""
-    chosen = os.environ.get("HADAL_DATA")
-    parent = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return (Path(chosen) if chosen else Path(parent) / "hadal").expanduser()
-
-
 @dataclass(frozen=True, eq=False, config=ConfigDict(extra="forbid"))
 class Settings:
     """Times are in seconds, sizes in bytes. SettingsError, through `read_settings`, for a value that cannot be.
@@ -101,10 +95,10 @@ class Settings:
     efforts: Mapping[str, Effort] = field(default_factory=dict)
     history: Literal["lenient", "strict"] = "lenient"
     default_max_tokens: DefaultMaxTokens = field(default_factory=DefaultMaxTokens)
-    data: Path = field(default_factory=default_data)
+    data: Path = field(default_factory=data_folder)
     database: str | None = None
     prices: Path | None = None
-    price_list: str | None = None
+    price_list: str = PRICE_LIST
     body_limit: Count = 48 << 20
     max_tools: Count = 128
     max_stops: Count = 16
@@ -145,7 +139,7 @@ class Settings:
     @property
     def database_url(self) -> str:
         """Where keys, ledger and batches are kept."""
-        return self.database or f"sqlite:///{self.data / 'hadal.sqlite'}"
+        return self.database or f"sqlite:///{self.data / 'hadal.db'}"
 
     @cached_property
     def names(self) -> Names:

@@ -121,6 +121,6 @@ def test_a_broken_or_missing_file_leaves_settings_as_they_were(
 
 def test_the_database_lies_in_the_data_folder_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HADAL_DATA", str(tmp_path))
-    assert read_settings().database_url == f"sqlite:///{tmp_path}/hadal.sqlite"
+    assert read_settings().database_url == f"sqlite:///{tmp_path}/hadal.db"
     given: dict[str, Any] = {"database": "postgresql://host/db"}
     assert read_settings(**given).database_url == "postgresql://host/db"
