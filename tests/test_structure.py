@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "text": set(),
     "quant": set(),
     "plan": {"config"},
+    "accounts": {"plan"},
     "kernels": GROUND,
     "model": GROUND | {"kernels"},
     "checkpoint": GROUND | {"kernels", "model", "plan"},
     "engine": GROUND - {"text"} | {"kernels", "model"},
     "llm": GROUND | {"checkpoint", "engine", "kernels"},
-    "server": GROUND | {"llm", "engine", "plan", "checkpoint"},
+    "server": GROUND | {"accounts", "llm", "engine", "plan", "checkpoint"},
     "train": GROUND | {"kernels", "model", "checkpoint", "plan"},
     "verify": GROUND | {"kernels", "model", "checkpoint", "plan"},
     "bench": GROUND | {"kernels", "model", "plan", "engine"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "cli": {"*"},
     "__init__": {"*"},
 }
-NO_TORCH = ("config", "text", "plan")
+NO_TORCH = ("config", "text", "plan", "accounts")
 LONGEST_FILE = 400
 
 
