@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from hadal import __version__
-from hadal.accounts import Accounts
+from hadal.accounts import PRICE_LIST, Accounts
 from hadal.plan.price import PriceBook
 from hadal.server import page
 from hadal.server.backend import Backend
@@ -58,9 +58,8 @@ def create_app(
 
 def open_accounts(settings: Settings) -> Accounts:
     """Keys, limits and ledger as the settings say."""
-    settings.data.mkdir(parents=True, exist_ok=True)
     book = PriceBook.load(settings.prices)
-    return Accounts(settings.database_url, book, settings.price_list, data=settings.data)
+    return Accounts(settings.database, book, settings.price_list or PRICE_LIST, folder=settings.data)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

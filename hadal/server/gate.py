@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
@@ -10,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hadal.accounts import Accounts, AccountsError
+from hadal.accounts import Accounts
 from hadal.server.errors import APIError
 from hadal.server.visit import Caller
 
@@ -31,19 +30,13 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                found = Caller() if _is_open(scope) else await self._caller(Headers(scope=scope))
+                found = Caller() if _is_open(scope) else self._caller(_secret(Headers(scope=scope)))
             except APIError as error:
                 return await error_response(scope["path"], error)(scope, receive, send)
             scope.setdefault("state", {})["caller"] = found
         await self._app(scope, receive, send)
 
-    async def _caller(self, headers: Headers) -> Caller:
-        try:
-            return await asyncio.to_thread(self._find, _secret(headers))
-        except AccountsError as error:
-            raise APIError.unaccounted(f"keys cannot be checked now: {error}") from error
-
-    def _find(self, secret: str | None) -> Caller:
+    def _caller(self, secret: str | None) -> Caller:
         key = self._accounts.find(secret) if secret else None
         if key is None and self._accounts.has_keys:
             cause = "this key is not valid" if secret else "no key was sent"

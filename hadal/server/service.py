@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from decimal import Decimal
 
 from starlette.requests import Request
@@ -173,13 +175,12 @@ class Service:
             if not type(error).__module__.startswith("hadal."):
                 raise
             raise APIError(400, str(error), param=getattr(error, "param", None)) from error
+        most = sum(g.request.limit for g in generations)
         try:
-            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations, ask.samples))
+            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations, ask.samples), most)
         except LimitReached as error:
             code = "insufficient_balance" if error.status == 402 else "rate_limit_exceeded"
             raise APIError(error.status, str(error), code=code, retry_after=error.retry_after) from None
-        except AccountsError as error:
-            raise APIError.unaccounted(f"limits cannot be checked now: {error}") from error
 
     async def follow(self, seat: Seat, patience: float) -> AsyncIterator[list[tuple[int, Delta, Usage | None]]]:
         """What the answers gain, until the last of them has ended; an empty list after `patience` seconds of silence.
@@ -250,21 +251,21 @@ class Service:
         prompt = _prompt_tokens(generations, samples)
         output = sum(len(g.request.output_ids) for g in generations)
         reasoning = sum(g.reasoning_tokens for g in generations)
-        cost: Decimal = self.accounts.cost(hit, prompt - hit, output, seat.visit.received)
+        cost: Decimal = self.accounts.cost(hit, prompt - hit, output, _moment(seat.visit.received))
         return Usage(prompt, hit, output, reasoning, cost)
 
     def _row(self, seat: Seat, usage: Usage) -> UsageRow:
         visit, first = seat.visit, seat.ticket.generations[0].request
         visit.admitted, visit.cache_reason = first.admitted, first.cache_reason
         visit.malformed = sum(g.malformed for g in seat.ticket.generations)
-        now = time.monotonic()
         return UsageRow(
-            id=visit.id, key_id=visit.caller.key.id if visit.caller.key else None, user_id=visit.user_id or "",
-            time=visit.received, api=visit.api, model=visit.model, priority=visit.priority,
+            id=visit.id, time=_moment(visit.received), api=visit.api, model=visit.model,
+            key=visit.caller.key.id if visit.caller.key else None, user=visit.user_id or "",
+            tenant=visit.caller.tenant(visit.user_id), priority=visit.priority, batch=visit.batch,
             hit=usage.hit, miss=usage.prompt - usage.hit, output=usage.output, reasoning=usage.reasoning,
-            first_token_seconds=None if visit.first_token is None else visit.first_token - visit.began,
-            seconds=now - visit.began, finish_reason=visit.finish_reason,
-            status=visit.status, cost=usage.cost or Decimal(0),
+            first_token_s=None if visit.first_token is None else visit.first_token - visit.began,
+            total_s=time.monotonic() - visit.began, finish_reason=visit.finish_reason, status=visit.status,
+            price_list=self.accounts.price_list, cost=usage.cost or Decimal(0),
         )  # fmt: skip
 
     def leave(self, seat: Seat, error: APIError | None = None) -> None:
@@ -279,19 +280,13 @@ class Service:
             error = error or APIError(CLIENT_GONE, "the client closed the connection", code="client_gone")
             seat.visit.finish_reason = "abort" if error.status == CLIENT_GONE else "error"
             seat.visit.status = error.status
-            seat.visit.usage = self._usage(seat)
-            task = asyncio.ensure_future(self._record_late(seat))
+            seat.visit.usage = usage = self._usage(seat)
+            row = self.accounts.record(self._row(seat, usage))
+            task = asyncio.ensure_future(_written(row))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
         seat.hold.leave()
         self._end(seat.visit, error)
-
-    async def _record_late(self, seat: Seat) -> None:
-        try:
-            assert seat.visit.usage is not None
-            await asyncio.wrap_future(self.accounts.record(self._row(seat, seat.visit.usage)))
-        except AccountsError:
-            _log.exception("the row of a request that ended early could not be written")
 
     def _end(self, visit: Visit, error: APIError | None) -> None:
         visit.ended = time.monotonic()
@@ -302,6 +297,17 @@ class Service:
                 observer(visit)
             except Exception:
                 _log.exception("an observer of visits failed")
+
+
+async def _written(row: Future[None]) -> None:
+    try:
+        await asyncio.wrap_future(row)
+    except AccountsError:
+        _log.exception("the row of a request that ended early could not be written")
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _prompt_tokens(generations: Sequence[Generation], samples: int) -> int:

@@ -32,6 +32,7 @@ class Visit:
     stream: bool = False
     user_id: str | None = None
     priority: int = 0
+    batch: str | None = None  # the batch that it belongs to
     show_cost: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     received: float = field(default_factory=time.time)
