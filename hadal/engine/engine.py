@@ -12,7 +12,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,35 +19,27 @@ from torch import Tensor
 
 from hadal.device import memory_available
 from hadal.engine.check import find_faults
+from hadal.engine.choosing import Choosing, Work
+from hadal.engine.constraint import Constraint
 from hadal.engine.disk import DiskStore
+from hadal.engine.drafting import Drafting
 from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.model import LanguageModel
 from hadal.engine.options import EngineOptions, engine_options
 from hadal.engine.prefix import PrefixStore
 from hadal.engine.request import Request, RequestError, SamplingParams, check_prompt
-from hadal.engine.sampler import Draw, Sampler
+from hadal.engine.sampler import Sampler
 from hadal.engine.scheduler import Item, Limits, Plan, plan_step
 from hadal.engine.stats import EngineStats
 from hadal.kernels.pages import PAGE_TOKENS
-from hadal.model.drafter import DraftSpan
 
+_SCORED = 64 << 20  # bytes of a step's logits that only tell the log-probabilities of prompts
 _LEAST_KEPT = 32  # tokens below which a prefix is computed sooner than kept
 _log = logging.getLogger("hadal.engine")
 
 
 class EngineBusy(RequestError):
     """The queue is full; the caller may try again."""
-
-
-@dataclass(slots=True)
-class _Work:
-    """One request's share of a step: `count` known tokens, then `drafts`; `rows` of them are to give logits."""
-
-    request: Request
-    ids: list[int]
-    count: int
-    rows: int
-    kept: int = 0  # tokens of it that turned out to be the request's
 
 
 class Engine:
@@ -87,15 +78,17 @@ class Engine:
         )
         self.stats = EngineStats()
         self.store = _open_store(model, self.options, self.plan) if self.options.prefix_cache else None
-        self._drafter = model.drafter
-        most = self._drafter.most if self._drafter else 0
-        wanted = self.options.speculation
-        self._most_drafts = most if wanted is None else min(most, wanted)
         self._model = model
-        self._sampler = Sampler(self.vocabulary, self.device)
+        sampler, config = Sampler(self.vocabulary, self.device), model.config
+        self._choosing = Choosing(sampler, config.eos_token_id, self.stats)
+        self._drafting: Drafting | None = None
+        drafter, wanted = model.drafter, self.options.speculation
+        if drafter is not None and wanted != 0:
+            most = drafter.most if wanted is None else min(drafter.most, wanted)
+            self._drafting = Drafting(drafter, sampler, most, config.sliding_window)
+        self._scored_rows = max(_SCORED // (4 * config.vocab_size), 1)
         self._ids = itertools.count()
         self._turn = 0
-        self._began, self._draft_cost = 0.0, 0.1  # when the step did; what drafting a token takes, as a share of a step
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -130,10 +123,12 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         leader: Request | None = None,
+        constraint: Constraint | None = None,
     ) -> Request:
         """A checked Request that is not queued yet; it leaves the queues alone, so any thread may call it.
 
-        `stream` tells apart samples that share a seed. A request waits while its `leader` computes the same prompt.
+        `stream` tells apart samples that share a seed. A request waits while its `leader` computes the same prompt,
+        and takes only the tokens that its own `constraint` allows.
         Raises RequestError for an empty prompt, a prompt or stop id outside the vocabulary, a prompt that fills the
         context, or one that can never fit into memory.
         """
@@ -142,7 +137,7 @@ class Engine:
         self.plan.check(length)
         room = min(self.max_context, self.plan.tokens) - length
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return Request(next(self._ids), tuple(prompt_ids), params, limit, stream, priority, tenant, leader)
+        return Request(next(self._ids), tuple(prompt_ids), params, limit, stream, priority, tenant, leader, constraint)
 
     def submit(self, request: Request) -> None:
         """Queue a prepared request, to join the batch at a following step. Raises EngineBusy when the queue is full."""
@@ -160,11 +155,11 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one ragged forward and return the requests that gained tokens or ended with an error."""
-        self._began = time.perf_counter()
+        began = time.perf_counter()
         with torch.inference_mode():
             work = self._begin(self._schedule())
             try:
-                ready = self._compute(work) if work else []
+                ready = self._compute(work, began) if work else []
             except BaseException as error:
                 self._break_off(work, error)
                 raise
@@ -172,17 +167,16 @@ class Engine:
             self._check_idle()
         return ready
 
-    def _compute(self, work: Sequence[_Work]) -> list[Request]:
-        logits_RV = self._forward(work)
-        ready = self._choose(work, logits_RV)
-        if self._most_drafts:
-            self._draft(work)
+    def _compute(self, work: Sequence[Work], began: float) -> list[Request]:
+        ready = self._choosing.choose(work, self._forward(work))
+        if self._drafting is not None:
+            self._drafting.draft(work, began)
         self._keep(work)
         for request in [r for r in ready if r.finished]:
             self._leave(request, spoilt=request.error is not None)
         return ready
 
-    def _break_off(self, work: Sequence[_Work], error: BaseException) -> None:
+    def _break_off(self, work: Sequence[Work], error: BaseException) -> None:
         """A step that fails leaves states nobody can trust; its requests fail, or begin anew after an interrupt."""
         for request in (w.request for w in work):
             if request.state is not None:
@@ -235,28 +229,37 @@ class Engine:
             request.stops,
         )  # fmt: skip
 
-    def _begin(self, plan: Plan) -> list[_Work]:
+    def _begin(self, plan: Plan) -> list[Work]:
         """Move states as the plan says, and collect what the forward is to compute."""
         requests = {r.id: r for r in (*self._running, *self._waiting)}
         for key in plan.preempt:
             self._preempt(requests[key])
         for key in plan.admit:
             self._admit(requests[key])
-        work = []
+        work, left = [], self._scored_rows
         for key, count, drafts in plan.spans:
             request = requests[key]
             begin = request.computed  # a prefix that was found makes it more than the plan knew
             end = begin + min(count, len(request.token_ids) - begin)
             end = min([end, *(stop for stop in request.stops if stop > begin)])
+            scored = 0
+            if request.unscored is not None:
+                first, last = max(begin, request.unscored), len(request.prompt_ids) - 1
+                end = min(end, first + left)
+                if end == begin:
+                    continue  # others take all the logits of this step
+                scored = max(min(end, last) - first, 0)
+                left -= scored
             ids = request.token_ids[begin:end] + request.drafts[:drafts]
             rows = 1 + drafts if end == len(request.token_ids) else 0
-            work.append(_Work(request, ids, end - begin, rows, end - begin))
+            work.append(Work(request, ids, end - begin, rows, scored, end - begin))
         return work
 
     def _admit(self, request: Request) -> None:
         tokens, found = request.token_ids, None
         if self.store is not None:
-            found = self.store.lookup(tokens, request.tenant, len(tokens) - 1)
+            limit = len(tokens) - 1 if request.unscored is None else request.unscored
+            found = self.store.lookup(tokens, request.tenant, limit)
             request.stops = self.options.stops(found.length, found.shared, len(tokens))
         state = found.state if found is not None and found.state is not None else self._model.new_state()
         if request.cached_tokens is None:
@@ -277,83 +280,19 @@ class Engine:
         self._hand_over(request, "preempted")
         self._make_room(pages)
 
-    def _forward(self, work: Sequence[_Work]) -> Tensor:
+    def _forward(self, work: Sequence[Work]) -> Tensor:
         ids = [i for w in work for i in w.ids]
         self.stats.count_step(len(ids), sum(w.count for w in work if not w.rows))
         states = [w.request.state for w in work]
-        return self._model.advance(ids, [len(w.ids) for w in work], states, [w.rows for w in work])
+        return self._model.advance(ids, [len(w.ids) for w in work], states, [w.scored + w.rows for w in work])
 
-    def _choose(self, work: Sequence[_Work], logits_RV: Tensor) -> list[Request]:
-        """Give requests the tokens that their rows choose; a draft counts if the row before it chose the same."""
-        draws = [_draw(w.request, j) for w in work for j in range(w.rows)]
-        if not draws:
-            return []
-        choices = iter(self._sampler.choose(logits_RV, draws))
-        ready = []
-        for w in work:
-            if not w.rows:
-                continue
-            request, taken = w.request, 0
-            own = list(itertools.islice(choices, w.rows))
-            while taken < w.rows and not request.finished:
-                choice = own[taken]
-                if choice.error is None:
-                    request.append(choice.token_id, choice.logprobs, self._model.config.eos_token_id)
-                    self.stats.generated += 1
-                else:
-                    request.error, request.finish_reason = choice.error, "error"
-                taken += 1
-                if taken < w.rows and own[taken - 1].token_id != w.ids[w.count + taken - 1]:
-                    break
-            offered = w.rows - 1
-            if offered:
-                # What a request that ends leaves unverified tells nothing.
-                request.depth.observe(min(offered, taken) if request.finished else offered, taken - 1)
-                self.stats.count_drafts(offered, taken - 1)
-            request.drafts.clear()
-            w.kept = w.count + taken - 1
-            request.state.rewind(len(w.ids) - w.kept)
-            ready.append(request)
-        return ready
-
-    def _draft(self, work: Sequence[_Work]) -> None:
-        """Let the draft head see what the step computed, and guess on for requests that choose tokens."""
-        assert self._drafter is not None
-        window = self._model.config.sliding_window
-        decoding = sum(1 for w in work if w.rows)
-        spans = []
-        for i, w in enumerate(work):
-            request = w.request
-            if request.error is not None:
-                continue
-            end = request.computed
-            following = request.token_ids[max(end - min(w.kept, window), 0) + 1 : end + 1]
-            room = request.limit - len(request.output_ids) - 1
-            most = min(self._most_drafts, room) if w.rows and not request.finished else 0
-            depth = request.depth.next(most, decoding, self._draft_cost) if most else 0
-            if following and (depth or request.depth.follows or not w.rows):
-                spans.append(DraftSpan(i, w.kept, following, depth))
-
-        def choose(logits_BV: Tensor, which: list[int], ahead: int) -> list[int]:
-            requests = [work[i].request for i in which]
-            return self._sampler.guess(logits_BV, [_draw(r, ahead) for r in requests])
-
-        if spans:
-            begun = time.perf_counter()
-            for span, drafts in zip(spans, self._drafter.draft(spans, choose), strict=True):
-                work[span.span].request.drafts = drafts
-            deepest = max(span.depth for span in spans)
-            if deepest and decoding == len(work):
-                share = (time.perf_counter() - begun) / deepest / (begun - self._began)
-                self._draft_cost = 0.9 * self._draft_cost + 0.1 * share
-
-    def _keep(self, work: Sequence[_Work]) -> None:
+    def _keep(self, work: Sequence[Work]) -> None:
         """Take the snapshots that are due: at the end of a prompt, of a shared prefix, and every so many tokens."""
         if self.store is None:
             return
         for w in work:
             request, end = w.request, w.request.computed
-            at_stop = end in request.stops
+            at_stop = end in request.stops and request.error is None
             if w.rows and len(request.output_ids) == 1 and not request.finished:
                 kind = "turn"
             elif at_stop:
@@ -393,8 +332,3 @@ def _open_store(model: LanguageModel, options: EngineOptions, plan: MemoryPlan) 
     if folder is not None:
         disk = DiskStore(folder, model.state_key, options.prefix_disk)
     return PrefixStore(memory_bytes=plan.cache // 2, pool=model.pool, restore=model.restore_state, disk=disk)
-
-
-def _draw(request: Request, ahead: int) -> Draw:
-    position = len(request.output_ids) + ahead
-    return Draw(request.params, request.seed, request.stream, position, request.params.logprobs is not None)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hadal.engine.constraint import Constraint
 from hadal.engine.speculation import DraftDepth
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -31,9 +32,9 @@ class RequestError(ValueError):
 class StructuredOutput:
     """What an answer must be, as exactly one of five; RequestError for none, several, or one beyond the size limits.
 
-    `json_schema` asks for JSON of a schema, `json_object` for any JSON object, `regex` (Rust's syntax)
-    and `grammar` (Lark, in llguidance's dialect) for text that matches as a whole, `choice` for one of several texts. It
-    is compiled where text exists, above the engine.
+    `json_schema` asks for JSON of a schema, `json_object` for any JSON object, `regex` (Rust's syntax) and `grammar`
+    (Lark, in llguidance's dialect) for text that matches as a whole, `choice` for one of several texts. It is compiled
+    where text exists, above the engine.
     """
 
     json_schema: Mapping[str, Any] | None = None
@@ -189,10 +190,12 @@ class Request:
     priority: int = 0  # higher runs first
     tenant: str = ""  # who asks: prefixes are shared within a tenant only, and tenants of one priority take turns
     leader: Request | None = None  # a request of the same prompt that computes it first
+    constraint: Constraint | None = None
     seed: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # of the prompt's tokens as far as it is computed
     finish_reason: FinishReason | None = None
     error: str | None = None
     state: Any = None  # the model's state of this sequence while it runs
@@ -206,6 +209,8 @@ class Request:
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
         self.token_ids = list(self.prompt_ids)
+        if self.params.prompt_logprobs is not None and self.leader is None:
+            self.prompt_logprobs = [None]  # nothing foretells the first token
 
     @property
     def finished(self) -> bool:
@@ -217,6 +222,12 @@ class Request:
         """Whether it still waits for another request to compute their prompt."""
         leader = self.leader
         return leader is not None and not leader.finished and not leader.output_ids
+
+    @property
+    def unscored(self) -> int | None:
+        """The first position whose logits the prompt's log-probabilities still need; None when no position does."""
+        scores = self.prompt_logprobs
+        return None if scores is None or len(scores) == len(self.prompt_ids) else len(scores) - 1
 
     @property
     def computed(self) -> int:

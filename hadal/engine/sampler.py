@@ -21,6 +21,7 @@ from hadal.kernels.cpu.target import detect
 _MASK = 2**64 - 1
 _LOW = 2**32 - 1
 _UNIT = 2.0**40  # weights are added as integers: their sum does not depend on the order, so neither on the batch
+_LIKELIEST = Asked(0, 0.0, 1, 1.0, -1)
 _FASTEST, _SLOWEST = 1e30, 1e-30  # of 1 / T in FP32; temperatures beyond choose as these do
 
 
@@ -68,10 +69,22 @@ class Sampler:
         found = self._find(logits_RV, [self._asked(d, -1) for d in draws])
         return [max(row.token, 0) for row in found]
 
+    def score(self, logits_RV: Tensor, ids: Sequence[int], top: int) -> list[dict[int, Logprob]] | None:
+        """Log-probabilities of given tokens, one for each row, with the `top` likeliest; None if a row is not sound."""
+        results = []
+        rows_RV = logits_RV[:, : self._vocabulary]
+        all_found = self._find(logits_RV, [_LIKELIEST._replace(top=top)] * len(ids))
+        for row_V, token, found in zip(rows_RV, ids, all_found, strict=True):
+            if found.token < 0:
+                return None
+            ahead = int((row_V > row_V[token]).sum() + (row_V[:token] == row_V[token]).sum())
+            results.append(_logprobs(found._replace(token=token, logit=float(row_V[token]), ahead=ahead)))
+        return results
+
     def _asked(self, draw: Draw, top: int) -> Asked:
         params = draw.params
         if params.temperature == 0:
-            return Asked(0, 0.0, 1, 1.0, top)
+            return _LIKELIEST._replace(top=top)
         rate = max(min(1 / params.temperature, _FASTEST), _SLOWEST)
         return Asked(
             noise_key(draw.seed, draw.stream, draw.position), rate, params.top_k or self._vocabulary, params.top_p, top
@@ -90,11 +103,15 @@ def _choice(draw: Draw, found: Found) -> Choice:
         return Choice(error=f"the logits at output token {draw.position} are not finite (NaN, +inf or only -inf)")
     if not draw.want_logprobs:
         return Choice(found.token)
+    return Choice(found.token, _logprobs(found))
+
+
+def _logprobs(found: Found) -> dict[int, Logprob]:
     base = found.highest + math.log(found.mass)
     logprobs = {found.token: Logprob(found.logit - base, found.ahead + 1)}
     for rank, (token, logit) in enumerate(found.likeliest, 1):
         logprobs.setdefault(token, Logprob(logit - base, rank))
-    return Choice(found.token, logprobs)
+    return logprobs
 
 
 def noise_key(seed: int, stream: int, position: int) -> int:
