@@ -4,11 +4,13 @@ from hadal.engine.engine import Engine, EngineBusy
 from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.options import EngineOptions, engine_options
 from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams, StructuredOutput
+from hadal.engine.stats import EngineStats
 
 __all__ = [
     "Engine",
     "EngineBusy",
     "EngineOptions",
+    "EngineStats",
     "FinishReason",
     "Logprob",
     "MemoryPlan",
