@@ -1,0 +1,280 @@
+// The page: which conversation is shown, what is asked, and what the answers become.
+
+import { APIError, chat, models } from "./api.js";
+import * as store from "./store.js";
+import * as talks from "./talk.js";
+import { isEmpty, measure, take } from "./composer.js";
+import { openSettings } from "./settings.js";
+import { drawer, list } from "./sidebar.js";
+import { watch } from "./status.js";
+import { showThread, toEnd } from "./thread.js";
+import { $, announce, compact, h, notice, plural } from "./dom.js";
+
+const SAVE_EVERY = 2000; // milliseconds, while an answer grows
+const runs = new Map(); // conversation id -> {talk, node, stop, view} while an answer grows
+let talk = fresh();
+let offered = [];
+let perToken = Infinity; // characters per token, as the last answers had it
+
+function fresh() {
+  return talks.create({ ...store.recall("defaults", {}), effort: store.recall("effort", "high") });
+}
+
+const model = () => offered.find((it) => it.id === $("model").value) ?? offered[0];
+
+/** Draws everything that depends on the conversation. */
+function draw() {
+  const run = runs.get(talk.id);
+  const view = showThread(talk, run?.node, act);
+  if (run) run.view = view;
+  document.body.classList.toggle("busy", Boolean(run));
+  document.body.classList.toggle("blank", talk.leaf === null);
+  $("stop").hidden = !run;
+  $("send").hidden = Boolean(run);
+  $("title").textContent = talk.title || "New conversation";
+  document.title = talk.title ? `${talk.title} · Hadal` : "Hadal";
+  $("instructed").hidden = !talk.settings.system.trim() && !talk.settings.tools.trim();
+  for (const choice of document.getElementsByName("effort")) choice.checked = choice.value === talk.settings.effort;
+  measure({ talk });
+}
+
+async function save(changed = talk) {
+  changed.updated = Date.now();
+  try {
+    await store.put(structuredClone(changed));
+    await list(talk.id);
+  } catch (error) {
+    notice(`The browser could not keep this conversation (${error.message}); export it, or delete old ones.`);
+  }
+}
+
+/** Asks the model for the next message of the branch on the screen and lets it grow. */
+async function answer() {
+  const asked = talk;
+  const stop = new AbortController();
+  let body;
+  try {
+    body = talks.request(asked, model()?.id ?? "");
+  } catch (error) {
+    return notice(`The tools in the settings cannot be read: ${error.message}.`, "Settings", () => configure("tools"));
+  }
+  const node = talks.add(asked, { role: "assistant", reasoning: "", model: body.model, times: {} });
+  const run = { talk: asked, node, stop };
+  runs.set(asked.id, run);
+  draw();
+  toEnd(true);
+  announce("The model is answering.");
+  await save(asked);
+  const clock = setInterval(() => run.view?.tick(), 250);
+  await follow(run, body);
+  clearInterval(clock);
+  runs.delete(asked.id);
+  if (talk === asked) {
+    draw();
+    toEnd();
+    $("thread").querySelector("[data-result]")?.focus();
+  }
+  if (!node.error) announce(`The answer is complete, ${plural(node.usage?.completion_tokens ?? node.tokens ?? 0, "token")}.`);
+  await save(asked);
+}
+
+async function follow(run, body) {
+  const { node } = run;
+  const begun = performance.now();
+  const since = () => (performance.now() - begun) / 1000;
+  let chunks = 0;
+  let saved = begun;
+  try {
+    for await (const chunk of chat(body, run.stop.signal)) {
+      talks.grow(node, chunk);
+      const length = node.reasoning.length + node.content.length;
+      if (length || node.calls) {
+        node.times.first ??= since();
+        if (node.reasoning && (node.content || node.calls)) node.times.think ??= since() - node.times.first;
+        node.tokens = Math.max(++chunks, Math.round(length / perToken));
+        if (since() > node.times.first + 0.3) node.pace = node.tokens / (since() - node.times.first);
+      }
+      run.view?.update();
+      if (performance.now() - saved > SAVE_EVERY) {
+        saved = performance.now();
+        store.put(structuredClone(run.talk)).catch(() => {}); // the save at the end tells what is wrong
+      }
+    }
+    if (node.usage && !node.calls) perToken = (node.reasoning.length + node.content.length) / node.usage.completion_tokens || Infinity;
+  } catch (error) {
+    if (error.name === "AbortError") node.finish = "stopped";
+    else if (error instanceof APIError) node.error = { message: error.message, status: error.status, until: Date.now() + error.wait * 1000 };
+    else node.error = { message: `This page failed on the answer: ${error.message}`, status: 0 };
+    if (node.finish !== "tool_calls") delete node.calls; // a call that broke off asks for nothing
+  }
+  node.times.total = since();
+  if (node.reasoning) node.times.think ??= node.times.total - node.times.first;
+  delete node.pace;
+}
+
+const act = {
+  edit(node, text) {
+    if (!text.trim() && !node.files?.length) return;
+    talks.add(talk, { role: "user", content: text.trim(), files: node.files }, node.parent);
+    answer();
+  },
+  again(node) {
+    const failed = node.error && !node.content;
+    if (failed) talks.remove(talk, node);
+    talk.leaf = node.parent;
+    answer();
+  },
+  show(node) {
+    talks.show(talk, node);
+    draw();
+    save();
+  },
+  remove(node) {
+    const before = structuredClone(talk);
+    talks.remove(talk, node);
+    draw();
+    save();
+    notice("Deleted from here on.", "Undo", () => {
+      if (talk.id === before.id) talk = before;
+      draw();
+      save(before);
+    });
+  },
+  result(call, text) {
+    talks.add(talk, { role: "tool", call: call.id, content: text });
+    if (!talks.openCalls(talk).length) return answer();
+    draw();
+    save();
+    $("thread").querySelector("[data-result]").focus();
+  },
+  key: () => configure("key"),
+};
+
+function configure(first) {
+  openSettings(talk, () => {
+    draw();
+    if (talk.leaf) save();
+    meet();
+  }, first);
+}
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (runs.has(talk.id)) return;
+  const waiting = $("thread").querySelector("[data-result]");
+  if (waiting) {
+    notice("The model waits for the result of its tool call; give it first.");
+    return waiting.focus();
+  }
+  const said = take();
+  if (!said) return;
+  talks.add(talk, { role: "user", ...said });
+  history.replaceState(null, "", `#talk=${talk.id}`);
+  answer();
+});
+$("stop").onclick = () => runs.get(talk.id)?.stop.abort();
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("composer").requestSubmit();
+  } else if (event.key === "ArrowUp" && isEmpty() && !runs.has(talk.id)) {
+    event.preventDefault();
+    [...$("thread").querySelectorAll("[data-edit]")].at(-1)?.click();
+  }
+});
+$("composer").addEventListener("change", ({ target }) => {
+  if (target.name !== "effort") return;
+  talk.settings.effort = target.value;
+  store.keep("effort", target.value);
+  if (talk.leaf) save();
+});
+$("configure").onclick = () => configure();
+$("instructed").onclick = () => configure();
+$("new").onclick = () => {
+  if (location.hash) location.hash = "";
+  else begin();
+};
+$("theme").onclick = () => {
+  const order = ["auto", "light", "dark"];
+  const next = order[(order.indexOf(document.documentElement.dataset.theme) + 1) % 3];
+  localStorage.setItem("hadal.theme", (document.documentElement.dataset.theme = next));
+  nameTheme();
+};
+function nameTheme() {
+  const label = `Theme: ${{ auto: "as the system", light: "light", dark: "dark" }[document.documentElement.dataset.theme]}`;
+  $("theme").title = label;
+  $("theme").setAttribute("aria-label", label);
+}
+
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && document.body.classList.contains("drawer")) {
+    drawer(false);
+    $("menu").focus();
+  } else if (event.key === "Escape" && !$("stop").hidden && !$("settings").open) $("stop").click();
+  else if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
+    event.preventDefault();
+    drawer(true);
+    $("search").focus();
+  } else if (event.altKey && event.code === "KeyN") {
+    event.preventDefault();
+    $("new").click();
+  }
+});
+addEventListener("talk-gone", ({ detail }) => detail === talk.id && (location.hash = ""));
+addEventListener("talk-renamed", ({ detail }) => {
+  if (detail.id !== talk.id) return;
+  talk.title = detail.title;
+  $("title").textContent = detail.title;
+});
+addEventListener("talks-read", () => list());
+
+function begin() {
+  talk = fresh();
+  draw();
+  list(talk.id);
+  $("prompt").focus();
+}
+
+/** Shows what the address names: the status, a conversation, or a new one. */
+async function route() {
+  const status = location.hash === "#status";
+  watch(status);
+  $("chat").hidden = status;
+  $("status").hidden = !status;
+  $("to-status").setAttribute("aria-current", status ? "page" : "false");
+  drawer(false);
+  if (status) return list("status");
+  const id = /^#talk=(\w+)$/.exec(location.hash)?.[1];
+  const found = id && (runs.get(id)?.talk ?? (await store.get(id)));
+  if (!found) return begin();
+  talk = found;
+  draw();
+  list(talk.id);
+  toEnd(true);
+}
+addEventListener("hashchange", route);
+
+/** Learns which models there are and how much they can hold. */
+async function meet() {
+  try {
+    offered = await models();
+    const before = $("model").value;
+    $("model").replaceChildren(...offered.map(({ id }) => h("option", { value: id }, id)));
+    if (offered.some(({ id }) => id === before)) $("model").value = before;
+    choose();
+    $("hello").textContent = `${model().id}, with room for ${compact(model().context_length)} tokens.`;
+  } catch (error) {
+    const again = h("button", { type: "button", class: "main", onclick: meet }, "Try again");
+    const enter = h("button", { type: "button", class: "main", onclick: act.key }, "Enter a key");
+    $("hello").replaceChildren(error.message, " ", error.status === 401 ? enter : again);
+  }
+}
+function choose() {
+  $("model").title = "Model";
+  measure({ model: model()?.id, length: model()?.context_length ?? 0 });
+}
+$("model").onchange = choose;
+
+nameTheme();
+meet();
+await route();
