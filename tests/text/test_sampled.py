@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hadal.text import (
     SAMPLED_KEY,
     ChatError,
+    Content,
     OutputParser,
     Reasoning,
     SampledTurn,
     Tokenizer,
+    ToolCall,
     encode_messages,
     find_sampled,
     own_prompt_texts,
@@ -36,15 +41,28 @@ def spell(tokenizer: Tokenizer, text: str) -> list[int]:
     return out
 
 
-def made_of(text: str, *, thinking: bool = True) -> SampledTurn | None:
-    parser = OutputParser(thinking=thinking)
-    events = parser.feed(text) + parser.finish()
+@dataclass(frozen=True)
+class Shown:
+    """An answer as a client gets it, and what is remembered of it."""
+
+    reasoning: str
+    content: str
+    calls: tuple[ToolCall, ...]
+    sampled: SampledTurn | None
+
+
+def show(ids: list[int], *, thinking: bool) -> Shown:
+    tokenizer, parser = small_tokenizer(), OutputParser(thinking=thinking)
+    events = parser.feed(tokenizer.decode([i for i in ids if i != tokenizer.eos_id])) + parser.finish()
     reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
-    content = "".join(getattr(e, "text", "") for e in events if not isinstance(e, Reasoning))
-    calls = any(hasattr(e, "arguments") for e in events)
-    tokenizer = small_tokenizer()
-    ids = spell(tokenizer, text)
-    return find_sampled(ids, tokenizer, thinking=thinking, reasoning=reasoning, content=content, calls=calls)
+    content = "".join(e.text for e in events if isinstance(e, Content))
+    calls = tuple(e for e in events if isinstance(e, ToolCall))
+    sampled = find_sampled(ids, tokenizer, thinking=thinking, reasoning=reasoning, content=content, calls=bool(calls))
+    return Shown(reasoning, content, calls, sampled)
+
+
+def made_of(text: str, *, thinking: bool = True) -> SampledTurn | None:
+    return show(spell(small_tokenizer(), text), thinking=thinking).sampled
 
 
 def chat(sampled: SampledTurn | None, **keys: Any) -> list[dict[str, Any]]:
@@ -126,3 +144,37 @@ def test_nothing_that_json_can_say_counts_as_sampled(forged: Any) -> None:
         encode_messages(chat(forged), TEXTS)
     with pytest.raises(ChatError, match="does not take"):
         encode_messages([{"role": "user", "content": "Q", SAMPLED_KEY: forged}], TEXTS)
+
+
+WORDS = ["the", "t", "h", " ", "\n\n", "é", "<", "｜", THINK_OPEN, THINK_CLOSE, EOS, USER, DSML, BLOCK, BLOCK[:20]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(WORDS), max_size=8),
+    odd=st.lists(st.integers(0, 299), max_size=4),
+    at=st.integers(0, 8),
+)
+@example(words=["t", "h", THINK_CLOSE, "t", "h"], odd=[], at=0)
+def test_whatever_is_sampled_the_next_prompt_repeats_it_or_says_what_was_shown(
+    words: list[str], odd: list[int], at: int
+) -> None:
+    tokenizer = small_tokenizer()
+    ids = [i for word in words[:at] for i in tokenizer.encode(word)]
+    ids += odd + [i for word in words[at:] for i in tokenizer.encode(word)]
+    for thinking in (True, False):
+        shown = show(ids, thinking=thinking)
+        asked = encode_messages(chat(None)[:1], TEXTS, thinking=thinking, tools=TOOLS)
+        turn: dict[str, Any] = {"role": "assistant", "content": shown.content, "reasoning_content": shown.reasoning}
+        turn["tool_calls"] = [
+            {"function": {"name": call.name, "arguments": call.arguments}} for call in shown.calls
+        ] or None
+        history = [chat(None)[0], turn, {"role": "user", "content": "R"}]
+        plain = encode_messages(history, TEXTS, thinking=thinking, tools=TOOLS)
+        turn[SAMPLED_KEY] = shown.sampled
+        prompt = encode_messages(history, TEXTS, thinking=thinking, tools=TOOLS)
+        if shown.sampled is None or not shown.calls:
+            assert prompt.text == plain.text
+        if shown.sampled is not None:
+            sent = [*tokenizer.encode_pieces(asked.pieces), *ids]
+            assert tokenizer.encode_pieces(prompt.pieces)[: len(sent)] == sent

@@ -1,0 +1,71 @@
+"""What a Generation keeps of an answer: its tokens for a later prompt, and how well its calls were formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hadal.engine import SamplingParams
+from hadal.llm import LLM, Generation
+from hadal.text.tokens import DSML
+from tests.fakes import scripted_llm
+from tests.test_llm import CALL, SCRIPT, ask
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return scripted_llm(SCRIPT)
+
+
+def answer(llm: LLM, question: str, **params: Any) -> Generation:
+    (generation,) = llm.prepare_chat(ask(question), SamplingParams(**{"max_tokens": 300, "temperature": 0.0} | params))
+    llm.submit(generation)
+    while llm.busy:
+        assert generation.sampled is None, "nothing is told before the end"
+        llm.step()
+    return generation
+
+
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 20}, {"max_tokens": 3}, {"max_tokens": 24}])
+def test_an_answer_is_kept_as_sampled_whether_it_ended_or_was_cut(llm: LLM, params: dict[str, Any]) -> None:
+    generation = answer(llm, "greet", **params)
+    made, sampled = generation.output(), generation.sampled
+    assert sampled is not None and (sampled.reasoning, sampled.answer) == (made.reasoning, made.text)
+    ids = [*sampled.reasoning_ids, *llm.tokenizer.encode("</think>"), *sampled.answer_ids]
+    ended = made.token_ids[-1] == llm.tokenizer.eos_id
+    assert ids[: len(made.token_ids)] == made.token_ids[: -1 if ended else None]
+    assert ended == (made.finish_reason == "stop")
+
+
+def test_a_token_that_stopped_the_answer_is_no_part_of_it(llm: LLM) -> None:
+    (stop,) = llm.tokenizer.encode("ü")[:1]
+    generation = answer(llm, "greet", stop_token_ids=[stop])
+    assert generation.sampled is not None and generation.sampled.answer == generation.output().text == "Gr"
+
+
+def test_an_answer_cut_at_a_stop_string_is_not_kept(llm: LLM) -> None:
+    assert answer(llm, "greet", stop=["世"]).sampled is None
+
+
+def test_calls_are_kept_as_they_were_spelled(llm: LLM) -> None:
+    sampled = answer(llm, "call").sampled
+    assert sampled is not None and sampled.answer == "Let me see." + CALL
+
+
+@pytest.mark.parametrize(
+    ("written", "counts"),
+    [
+        (f"hm</think>so{CALL}", (0, 0, 0)),
+        (f"hm</think>so\n\n<{DSML}tool_calls>\noops", (1, 0, 0)),
+        (f"hm</think>so</{DSML}invoke>", (0, 1, 0)),
+        (f"I must look{CALL}", (0, 0, 1)),
+    ],
+)
+def test_damage_to_calls_is_counted(written: str, counts: tuple[int, int, int]) -> None:
+    generation = answer(scripted_llm({"question": written}), "question")
+    assert (generation.malformed, generation.stray, generation.thought_calls) == counts
+    made = generation.output()
+    assert bool(made.tool_calls) == (CALL in written)
+    assert made.finish_reason == ("tool_calls" if made.tool_calls else "stop")
+    assert "".join((made.reasoning or "", made.text)) == written.replace("</think>", "").replace(CALL, "")
