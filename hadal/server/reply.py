@@ -105,9 +105,8 @@ class Reply(Response):
             answer.cancel()
 
     def _tell_cost(self) -> None:
-        usage = self._seat.visit.usage
-        if usage is not None and usage.cost is not None:
-            self.headers["x-hadal-cost"] = f"{usage.cost:f} USD"
+        if self._seat.visit.show_cost:
+            self.headers["x-hadal-cost"] = f"{self._seat.visit.cost:f} USD"
 
 
 def _headers(seat: Seat) -> dict[str, str]:

@@ -115,6 +115,7 @@ class Service:
     async def admit(self, visit: Visit, ask: Ask) -> Seat:
         """Check, render and queue what is asked. Whoever gets a seat must `leave` it."""
         visit.model, visit.stream, visit.user_id, visit.priority = ask.model, ask.stream, ask.user_id, ask.priority
+        visit.turns = sum(message.get("role") == "assistant" for message in ask.messages or ())
         try:
             return await self._admit(visit, ask)
         except APIError as error:
@@ -232,7 +233,7 @@ class Service:
         """Write the row of finished answers; nobody sees their end before it is safe."""
         visit = seat.visit
         usage = self._usage(seat)
-        visit.usage = usage if visit.show_cost else replace(usage, cost=None)
+        visit.usage = usage
         tenant = visit.caller.tenant(seat.ask.user_id)
         if seat.ask.messages is not None:
             for generation in seat.ticket.generations:
@@ -243,7 +244,7 @@ class Service:
         except (AccountsError, TimeoutError) as error:
             raise APIError.unaccounted("the answer is ready and cannot be accounted for") from error
         self.leave(seat)
-        return visit.usage
+        return usage if visit.show_cost else replace(usage, cost=None)
 
     def _usage(self, seat: Seat) -> Usage:
         generations, samples = seat.ticket.generations, seat.ask.samples
@@ -251,7 +252,8 @@ class Service:
         prompt = _prompt_tokens(generations, samples)
         output = sum(len(g.request.output_ids) for g in generations)
         reasoning = sum(g.reasoning_tokens for g in generations)
-        cost: Decimal = self.accounts.cost(hit, prompt - hit, output, _moment(seat.visit.received))
+        cost = self.accounts.cost(hit, prompt - hit, output, _moment(seat.visit.received))
+        seat.visit.cost = cost
         return Usage(prompt, hit, output, reasoning, cost)
 
     def _row(self, seat: Seat, usage: Usage) -> UsageRow:

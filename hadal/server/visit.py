@@ -6,6 +6,8 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
+from decimal import Decimal
 
 from hadal.accounts import Key
 from hadal.server.wire import Usage
@@ -41,13 +43,20 @@ class Visit:
     first_token: float | None = None
     last_token: float | None = None
     ended: float | None = None
+    turns: int = 0  # earlier answers in the conversation
     usage: Usage | None = None
+    cost: Decimal | None = None  # in USD
     cache_reason: str = ""  # "hit", or why no prefix was found
     finish_reason: str = ""  # of the first answer
     malformed: int = 0  # tool call blocks that came back as text
     on_gap: Callable[[float, int], None] | None = None  # told of seconds between pieces, and tokens of the later one
     status: int = 200
     error: str | None = None  # the code of the APIError that ended it
+
+    @property
+    def cost(self) -> Decimal:
+        """USD."""
+        return (self.usage.cost if self.usage else None) or Decimal(0)
 
     def saw(self, tokens: int) -> None:
         """Note that so many tokens came now."""

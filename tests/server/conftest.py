@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from hadal.accounts import Accounts
 from hadal.llm import LLM
@@ -52,12 +53,19 @@ class Running:
 
 
 @contextmanager
-def running(llm: LLM, *, accounts: Accounts | None = None, **settings: Any) -> Iterator[Running]:
+def running(
+    llm: LLM,
+    *,
+    accounts: Accounts | None = None,
+    prepare: Callable[[FastAPI], None] = lambda app: None,
+    **settings: Any,
+) -> Iterator[Running]:
     """A server with its data in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         chosen = Settings(**{"model": llm.name, "data": Path(folder)} | settings)
         app = create_app(LocalBackend(llm), chosen, accounts or Accounts(folder=Path(folder)))
+        prepare(app)
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
