@@ -106,7 +106,7 @@ class Reply(Response):
 
     def _tell_cost(self) -> None:
         if self._seat.visit.show_cost:
-            self.headers["x-hadal-cost"] = f"{self._seat.visit.cost:f} USD"
+            self.headers["x-hadal-cost"] = f"{self._seat.visit.cost or 0:f} USD"
 
 
 def _headers(seat: Seat) -> dict[str, str]:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from decimal import Decimal
 
 from hadal.accounts import Key
 from hadal.server.wire import Usage
@@ -52,11 +51,6 @@ class Visit:
     on_gap: Callable[[float, int], None] | None = None  # told of seconds between pieces, and tokens of the later one
     status: int = 200
     error: str | None = None  # the code of the APIError that ended it
-
-    @property
-    def cost(self) -> Decimal:
-        """USD."""
-        return (self.usage.cost if self.usage else None) or Decimal(0)
 
     def saw(self, tokens: int) -> None:
         """Note that so many tokens came now."""
