@@ -114,6 +114,11 @@ class Engine:
         """Requests that hold a state."""
         return len(self._running)
 
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that requests and kept prefixes hold, each counted once."""
+        return self._model.pool.live
+
     def prepare(
         self,
         prompt_ids: Sequence[int],

@@ -19,6 +19,7 @@ class EngineStats:
     preemptions: int = 0
     faults: int = 0
     cache: Counter[str] = field(default_factory=Counter)
+    verified: int = 0  # rows of guesses
     drafted: int = 0
     accepted: int = 0
     accepted_at: Counter[int] = field(default_factory=Counter)  # drafts accepted per place in their row of guesses
@@ -37,6 +38,7 @@ class EngineStats:
 
     def count_drafts(self, offered: int, accepted: int) -> None:
         """A verification."""
+        self.verified += 1
         self.drafted += offered
         self.accepted += accepted
         self.accepted_at.update(range(accepted))
