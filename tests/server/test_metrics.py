@@ -23,7 +23,7 @@ SHARED = [
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info", "prompt_tokens",
     "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions",
     "prompt_tokens_by_source", "iteration_tokens_total", "time_to_first_token_seconds",
-    "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e", "e_request_latency_seconds",
+    "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
     "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
     "request_inference_time_seconds", "request_prefill_kv_computed_tokens", "request_success",
     "spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
