@@ -235,16 +235,20 @@ class Service:
         usage = self._usage(seat)
         visit.usage = usage
         tenant = visit.caller.tenant(seat.ask.user_id)
-        if seat.ask.messages is not None:
-            for generation in seat.ticket.generations:
-                self.memory.remember(tenant, seat.ask.messages, generation.output(), generation.sampled)
         try:
             row = self.accounts.record(self._row(seat, usage))
+            if seat.ask.messages is not None:
+                await asyncio.to_thread(self._remember, seat, tenant)
             await asyncio.wait_for(asyncio.wrap_future(row), _LEDGER_SECONDS)
         except (AccountsError, TimeoutError) as error:
             raise APIError.unaccounted("the answer is ready and cannot be accounted for") from error
         self.leave(seat)
         return usage if visit.show_cost else replace(usage, cost=None)
+
+    def _remember(self, seat: Seat, tenant: str) -> None:
+        """In a worker thread: hashing a long conversation takes a while. The client's next turn waits for it."""
+        for generation in seat.ticket.generations:
+            self.memory.remember(tenant, seat.ask.messages or (), generation.output(), generation.sampled)
 
     def _usage(self, seat: Seat) -> Usage:
         generations, samples = seat.ticket.generations, seat.ask.samples
