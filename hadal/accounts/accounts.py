@@ -55,17 +55,15 @@ class Accounts:
         self._clock = clock
         self.book.price(price_list, datetime.fromtimestamp(clock(), UTC))
         folder = folder or tables.data_folder()
-        url = url or f"sqlite:///{(folder / 'hadal.db').absolute()}"
-        self._engine = tables.open_database(url)
-        file = self._engine.url.database if self._engine.dialect.name == "sqlite" else None
+        self._engine = tables.open_database(url or sa.URL.create("sqlite", database=str(folder / "hadal.db")))
         try:
             self.keys = Keys(self._engine, clock)
             self._gate = Gate(clock)
             self._load([], list)
         except sa.exc.SQLAlchemyError as error:
             raise AccountsError(f"cannot read the accounts ({cause(error)}); check the database") from None
-        spool_home = Path(file).absolute().parent if file else folder
-        self._ledger = Ledger(self._engine, spool_home, self._gate.lock, self._follow)
+        spool = tables.spool_of(self._engine, folder)
+        self._ledger = Ledger(self._engine, spool, self._gate.lock, self._follow)
         self._ledger.start()
 
     @property

@@ -63,14 +63,12 @@ class UsageRow:
 
 
 class Ledger:
-    """Keeps rows; `each_second` runs in its thread while the database answers and no row of this folder is outside."""
+    """Keeps rows; `each_second` runs in its thread while the database answers and the spool is empty."""
 
-    def __init__(
-        self, engine: Engine, folder: Path, lock: threading.Condition, each_second: Callable[[], None]
-    ) -> None:
+    def __init__(self, engine: Engine, spool: Path, lock: threading.Condition, each_second: Callable[[], None]) -> None:
         self.server = uuid.uuid4().hex
         self._engine = engine
-        self._spool = folder / "spool"
+        self._spool = spool
         self._wake = lock
         self._each_second = each_second
         self._queue: deque[tuple[UsageRow, Future[None]]] = deque()

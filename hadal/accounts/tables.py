@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -88,7 +89,7 @@ def data_folder() -> Path:
     return Path(os.environ.get("HADAL_DATA") or Path(home) / "hadal")
 
 
-def open_database(url: str) -> Engine:
+def open_database(url: str | sa.URL) -> Engine:
     """Connect to `url`, creating or bringing forward its tables; raises AccountsError when that fails."""
     try:
         at = sa.make_url(url)
@@ -102,6 +103,15 @@ def open_database(url: str) -> Engine:
     except (SQLAlchemyError, OSError) as error:
         raise AccountsError(f"cannot open the accounts in {shown} ({cause(error)}); check the URL") from None
     return engine
+
+
+def spool_of(engine: Engine, folder: Path) -> Path:
+    """Where rows wait for this database and no other: beside its file, or in `folder` when it is on a server."""
+    at = engine.url
+    if at.get_backend_name() == "sqlite":
+        return Path(f"{Path(at.database or '').absolute()}-spool")
+    name = hashlib.sha256(f"{at.host}:{at.port}/{at.database}".encode()).hexdigest()[:12]
+    return folder / f"spool-{name}"
 
 
 def insert_new(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> set[str]:
@@ -143,7 +153,7 @@ def _sqlite(at: sa.URL) -> Engine:
     if not at.database or at.database == ":memory:":
         raise AccountsError("accounts need a file to outlast the server; write sqlite:///FILE")
     Path(at.database).absolute().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    engine = sa.create_engine(at, connect_args={"timeout": 2.0})
+    engine = sa.create_engine(at, connect_args={"timeout": 1.0})
 
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hadal.cli import checkpoints, measure, serve, talk, train
+from hadal.cli import accounts, checkpoints, measure, serve, talk, train
 
 app = typer.Typer(
     name="hadal",
@@ -15,9 +15,10 @@ app = typer.Typer(
 )
 for _verb in (
     serve.serve, talk.chat, talk.generate, checkpoints.inspect, checkpoints.convert, checkpoints.verify, measure.bench,
-    train.train, measure.doctor,
+    train.train, measure.doctor, accounts.usage,
 ):  # fmt: skip
     app.command()(_verb)
+app.add_typer(accounts.keys, name="keys", no_args_is_help=True)
 
 
 def main() -> None:

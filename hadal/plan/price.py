@@ -204,7 +204,7 @@ def _rates(table: Mapping[str, Any], where: str) -> list[Decimal]:
         if isinstance(value, bool) or not isinstance(value, int | Decimal):
             raise PriceError(f"{where}: `{name}` must be a number of USD per million tokens; give it")
         rate = Decimal(value)
-        if not 0 <= rate < 10**6 or rate != round(rate, 6):
+        if not rate.is_finite() or not 0 <= rate < 10**6 or rate != round(rate, 6):
             raise PriceError(f"{where}: `{name}` must be from 0 to 999999 with at most 6 decimals, not {value}")
         rates.append(rate)
     return rates
