@@ -21,6 +21,8 @@ from hadal.server.errors import APIError
 from hadal.server.gate import error_response
 from hadal.server.settings import Settings
 
+_LEAST_RATE = 64 << 10  # bytes per second that a body must come at
+_FORM_BYTES = 64 << 10  # of an upload besides its file
 _log = logging.getLogger("hadal.server")
 # Answers are data: a browser is to show, frame or run none of them. The page brings a policy of its own.
 _HEADERS = {
@@ -33,7 +35,9 @@ _HEADERS = {
 
 def protect(app: FastAPI, settings: Settings) -> None:
     """Put `app` behind a Guard, and before that CORS where origins are named; call it after adding other middleware."""
-    app.add_middleware(Guard, body_limit=settings.body_limit, body_seconds=settings.body_seconds)
+    app.add_middleware(
+        Guard, body_limit=settings.body_limit, body_seconds=settings.body_seconds, file_limit=settings.file_limit
+    )
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -48,13 +52,14 @@ class Guard:
     """Numbers every request, adds headers to every response, and answers for the app when that fails.
 
     A body of more than `body_limit` bytes is refused with 413 before it is read when its length is told and as soon as
-    it is passed otherwise; one that takes longer than `body_seconds` with 408. The number is at
-    `request.state.request_id` and in the header `x-request-id`.
+    it is passed otherwise; one that has not begun within `body_seconds`, or comes slower than 64 KiB/s from then on,
+    with 408. Uploads of files have a limit of their own. The request's number is at `request.state.request_id` and in
+    the header `x-request-id`.
     """
 
-    def __init__(self, app: ASGIApp, *, body_limit: int, body_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, *, body_limit: int, body_seconds: float, file_limit: int) -> None:
         self._app = app
-        self._limit, self._seconds = body_limit, body_seconds
+        self._limit, self._seconds, self._file_limit = body_limit, body_seconds, file_limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,7 +77,8 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        body = _Body(receive, self._limit, self._seconds)
+        limit = self._file_limit + _FORM_BYTES if scope["path"].endswith("/files") else self._limit
+        body = _Body(receive, limit, self._seconds)
         try:
             body.check_length(Headers(scope=scope))
             await self._app(scope, body.receive, body.unless_refused(send_guarded))
@@ -116,10 +122,10 @@ class _Body:
     async def _next(self) -> Message:
         self._deadline = self._deadline or time.monotonic() + self._seconds
         try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
+            async with asyncio.timeout(self._deadline + self._size / _LEAST_RATE - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
-            self._refuse(408, f"the body did not arrive within {self._seconds:g} s; send it again", "body_timeout")
+            self._refuse(408, "the body did not arrive in time; send it again over a faster line", "body_timeout")
         self._whole = message["type"] != "http.request" or not message.get("more_body")
         return message
 

@@ -35,6 +35,7 @@ class Visit:
     priority: int = 0
     batch: str | None = None  # the batch that it belongs to
     show_cost: bool = False
+    traceparent: str | None = None  # the caller's span, as W3C spells it
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     received: float = field(default_factory=time.time)
     began: float = field(default_factory=time.monotonic)

@@ -26,6 +26,7 @@ def make_app(**settings: Any) -> FastAPI:
     app = FastAPI()
 
     @app.post("/echo")
+    @app.post("/v1/files")
     @app.post("/anthropic/v1/messages")
     async def echo(request: Request) -> dict[str, Any]:
         return {"size": len(await request.body()), "id": request.state.request_id}
@@ -113,6 +114,11 @@ def test_a_body_in_chunks_is_refused_once_it_is_too_large(port: int, path: str) 
     assert talk(port, post("/echo", "Transfer-Encoding: chunked"), chunk, chunk, b"0\r\n\r\n")[2]["size"] == 800
     status, _, body = talk(port, post(path, "Transfer-Encoding: chunked"), chunk * 3, b"0\r\n\r\n")
     assert status == 413 and body["error"]["type"] == "request_too_large"
+
+
+def test_uploads_have_a_limit_of_their_own(port: int) -> None:
+    assert talk(port, post("/v1/files", "Content-Length: 3000"), b"x" * 3000)[0] == 200
+    assert talk(port, post("/v1/files", "Content-Length: 999999999"), b"x" * 3000)[0] == 413
 
 
 def test_a_client_that_goes_on_sending_still_reads_the_refusal(port: int) -> None:

@@ -65,7 +65,7 @@ def test_a_server_is_ready_until_it_drains_or_its_ledger_is_away(tmp_path: Path,
 
 
 def test_probes_need_no_key_and_figures_do(app: FastAPI, client: TestClient) -> None:
-    secret = app.state.service.accounts.keys.create("someone")[0]
+    secret = app.state.service.accounts.keys.create("someone")[1]
     assert {client.get(path).status_code for path in ("/livez", "/readyz", "/startupz")} == {200, 503}
     assert client.get("/status").status_code == client.get("/metrics").status_code == 401
     headers = {"Authorization": f"Bearer {secret}"}
