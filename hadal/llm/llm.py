@@ -30,6 +30,7 @@ from hadal.text import (
     PromptTexts,
     Tokenizer,
     TokenizerError,
+    encode_fim,
     encode_messages,
     own_prompt_texts,
     read_prompt_texts,
@@ -196,6 +197,13 @@ class LLM:
                 ids = [self.tokenizer.bos_id, *ids]
             return self._prepare(ids, params, prompt, None, tenant, priority)
         return self._prepare(prompt, params, None, None, tenant, priority)
+
+    def prepare_infill(
+        self, prompt: str, suffix: str, params: SamplingParams, *, tenant: str = "", priority: int = 0
+    ) -> list[Generation]:
+        """As `prepare_chat`, for the text that belongs between `prompt` and `suffix`."""
+        pieces = encode_fim(prompt, suffix).pieces
+        return self.prepare_prompt(self.tokenizer.encode_pieces(pieces), params, tenant=tenant, priority=priority)
 
     def submit(self, generation: Generation) -> None:
         """Queue a prepared answer; EngineBusy when as many wait as may."""

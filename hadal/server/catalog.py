@@ -1,0 +1,137 @@
+"""The catalog: models under all their names, what a key may still spend, and the model's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field, model_validator
+
+from hadal.server.ask import Ask
+from hadal.server.backend import Backend
+from hadal.server.body import Body
+from hadal.server.chat import ChatBody, Message, Tool
+from hadal.server.errors import APIError
+from hadal.server.gate import caller
+from hadal.server.service import Service
+from hadal.server.settings import Settings
+from hadal.server.thinking import Switch, decide
+from hadal.text import TokenizerError
+
+
+class TokenizeBody(Switch):
+    """vLLM's request: a text, or a conversation as chat would render it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] = Field([])
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`")
+        return self
+
+    def ask(self, settings: Settings) -> Ask:
+        """The conversation in the neutral form."""
+        given = self.model_dump(include={*ChatBody.model_fields}, exclude_unset=True, by_alias=True)
+        return ChatBody.model_validate({"model": settings.model} | given).ask(settings)
+
+
+class DetokenizeBody(Body):
+    """vLLM's request."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def router(service: Service) -> APIRouter:
+    """The routes of the catalog."""
+    routes = APIRouter(tags=["catalog"])
+    began = int(time.time())
+
+    @routes.get("/v1/models")
+    @routes.get("/models", include_in_schema=False)
+    @routes.get("/anthropic/v1/models", include_in_schema=False)
+    async def models(request: Request) -> dict[str, Any]:
+        """All names of the model that are no patterns, in OpenAI's shape, or in Anthropic's for its clients."""
+        cards = [_card(service, name, began, request) for name in service.settings.names.listed()]
+        if _is_anthropic(request):
+            return {"data": cards, "has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
+        return {"object": "list", "data": cards}
+
+    @routes.get("/v1/models/{name:path}")
+    @routes.get("/models/{name:path}", include_in_schema=False)
+    @routes.get("/anthropic/v1/models/{name:path}", include_in_schema=False)
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        """The model under one of its names."""
+        if service.settings.names.resolve(name) is None:
+            raise APIError(404, f"there is no model {name!r}; GET /v1/models lists the names", code="model_not_found")
+        return _card(service, name, began, request)
+
+    @routes.get("/user/balance")
+    async def balance(request: Request) -> dict[str, Any]:
+        """What the key may still spend; a key without a budget has no balance to tell, and is available."""
+        found = service.accounts.balance(caller(request).key)
+        left = f"{found.left:.2f}" if found.left is not None else None
+        info = {"currency": "USD", "total_balance": left, "granted_balance": left, "topped_up_balance": "0.00"}
+        return {"is_available": found.is_available, "balance_infos": [] if left is None else [info]}
+
+    @routes.post("/v1/tokenize")
+    @routes.post("/tokenize", include_in_schema=False)
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text or a conversation."""
+        backend, settings = service.backend, service.settings
+        if body.model is not None:
+            decide(settings, body.model, [])
+        tokenizer = backend.tokenizer
+
+        def ids_of() -> list[int]:
+            if body.prompt is None:
+                return _render(backend, body.ask(settings))
+            ids = tokenizer.encode(body.prompt)
+            return ids if not body.add_special_tokens or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+        ids = await asyncio.to_thread(ids_of)
+        strings = [tokenizer.decode([i]) for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": backend.max_context, "tokens": ids, "token_strs": strings}
+
+    @routes.post("/v1/detokenize")
+    @routes.post("/detokenize", include_in_schema=False)
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """The text of token ids."""
+        if body.model is not None:
+            decide(service.settings, body.model, [])
+        try:
+            return {"prompt": await asyncio.to_thread(service.backend.tokenizer.decode, body.tokens)}
+        except TokenizerError as error:
+            raise APIError(422, f"`tokens`: {error}", param="tokens") from None
+
+    return routes
+
+
+def _render(backend: Backend, ask: Ask) -> list[int]:
+    try:
+        return list(backend.prepare(ask, "")[0].request.prompt_ids)
+    except ValueError as error:
+        if not type(error).__module__.startswith("hadal."):
+            raise
+        raise APIError(400, str(error), param=getattr(error, "param", None)) from error
+
+
+def _is_anthropic(request: Request) -> bool:
+    return "anthropic-version" in request.headers or request.url.path.startswith("/anthropic")
+
+
+def _card(service: Service, name: str, began: int, request: Request) -> dict[str, Any]:
+    context = service.backend.max_context
+    if _is_anthropic(request):
+        created = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {"type": "model", "id": name, "display_name": name, "created_at": created, "context_length": context}
+    return {"id": name, "object": "model", "created": began, "owned_by": "hadal", "context_length": context}
