@@ -80,8 +80,11 @@ class Keys:
         return None if key.expires and key.expires.timestamp() <= self._clock() else key
 
     def list(self) -> list[Key]:
-        """Every key ever made, the oldest first."""
-        self.refresh()
+        """Every key ever made, the oldest first; raises AccountsError when the database is away."""
+        try:
+            self.refresh()
+        except SQLAlchemyError as error:
+            raise AccountsError(f"cannot read the keys ({cause(error)}); try again") from None
         return sorted((key for _, key in self._by_hash.values()), key=lambda key: (key.created, key.id))
 
     def create(self, name: str, limits: Limits | None = None, expires: datetime | None = None) -> tuple[Key, str]:

@@ -32,7 +32,7 @@ from hadal.accounts.tables import AccountsError, cause, to_pico
 
 _log = logging.getLogger("hadal.accounts")
 _BATCH = 500  # rows in one commit
-_FILES = 200  # spool files taken in by one commit
+_FILES = 50  # spool files taken in by one commit
 _TICK = 1.0  # seconds between two looks at the spool and at what other servers wrote
 _LONGEST_TEXT = 512
 

@@ -98,8 +98,11 @@ def open_database(url: str | sa.URL) -> Engine:
     shown = at.render_as_string(hide_password=True)
     try:
         engine = _sqlite(at) if at.get_backend_name() == "sqlite" else _postgresql(at)
-        with engine.begin() as connection:
-            _bring_forward(connection)
+        with engine.connect() as connection:
+            known = _version(connection)
+        if known != len(_STEPS):
+            with engine.begin() as connection:
+                _bring_forward(connection)
     except (SQLAlchemyError, OSError) as error:
         raise AccountsError(f"cannot open the accounts in {shown} ({cause(error)}); check the URL") from None
     return engine
@@ -171,9 +174,15 @@ def _postgresql(at: sa.URL) -> Engine:
     except ImportError:
         raise AccountsError("PostgreSQL needs its driver; pip install 'psycopg[binary]'") from None
     at = at.set(drivername="postgresql+psycopg")
-    limits = "-c statement_timeout=5000 -c lock_timeout=2000 -c synchronous_commit=on"
+    limits = "-c statement_timeout=30000 -c lock_timeout=2000 -c synchronous_commit=on"
     given = {"connect_timeout": 3, "tcp_user_timeout": 5000, "options": limits}
     return sa.create_engine(at, connect_args=given, pool_pre_ping=True)
+
+
+def _version(connection: Connection) -> int:
+    if not sa.inspect(connection).has_table("meta"):
+        return 0
+    return connection.execute(sa.select(meta.c.value).where(meta.c.name == "schema")).scalar() or 0
 
 
 def _bring_forward(connection: Connection) -> None:
@@ -184,7 +193,7 @@ def _bring_forward(connection: Connection) -> None:
     # From here on one of several servers that start at once does the work and the others wait.
     meta.create(connection, checkfirst=True)
     add(connection, meta, [{"name": "schema", "value": 0}], "value")
-    version = connection.execute(sa.select(meta.c.value).where(meta.c.name == "schema")).scalar_one()
+    version = _version(connection)
     if version > len(_STEPS):
         raise AccountsError(f"the accounts were written by a newer Hadal (schema {version}); update Hadal")
     for step in _STEPS[version:]:

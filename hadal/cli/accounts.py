@@ -19,9 +19,12 @@ keys = typer.Typer(help="API keys: make, list, revoke, limit. A running server f
 
 def _dollars(text: str) -> Decimal:
     try:
-        return Decimal(text.removeprefix("$"))
+        amount = Decimal(text.removeprefix("$"))
     except InvalidOperation:
-        raise typer.BadParameter(f"{text!r} is no amount of USD; write for example 12.50") from None
+        amount = Decimal("nan")
+    if not amount.is_finite():
+        raise typer.BadParameter(f"{text!r} is no amount of USD; write for example 12.50")
+    return amount
 
 
 def _moment(text: str) -> datetime:
