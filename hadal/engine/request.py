@@ -51,7 +51,7 @@ class StructuredOutput:
                 f"{', '.join(self.__slots__)}",
                 "structured",
             )
-        (name,) = given
+        name = self.kind
         value, limit = getattr(self, name), MAX_GRAMMAR
         if name == "json_schema":
             _check(name, value, isinstance(value, Mapping), "an object")
@@ -72,6 +72,11 @@ class StructuredOutput:
             raise RequestError(f"`{name}` holds half of a surrogate pair, which is no character", name) from None
         if size > limit:
             raise RequestError(f"`{name}` takes {size} bytes; at most {limit} are accepted, make it smaller", name)
+
+    @property
+    def kind(self) -> str:
+        """The name of the one that is given."""
+        return next(name for name in self.__slots__ if getattr(self, name) not in (None, False))
 
 
 def _as_json(value: Mapping[str, Any]) -> str:

@@ -78,7 +78,8 @@ class CompletionOutput:
 class RequestOutput:
     """The answers to one prompt, `n` of them; `prompt` is None when token ids were given.
 
-    `num_cached_tokens` of the prompt were found in the prefix store.
+    `num_cached_tokens` of the prompt were found in the prefix store. `prompt_logprobs` has an entry for each prompt
+    token, the token itself first; nothing foretells the first one, whose entry is None.
     """
 
     request_id: str
@@ -86,6 +87,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Generation:
@@ -149,6 +151,11 @@ class Generation:
         )
 
     @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.matched
+
+    @property
     def sampled(self) -> SampledTurn | None:
         """The answer for a later prompt to repeat; None unless it ended by itself or its limit, all of it shown."""
         request = self.request
@@ -163,6 +170,11 @@ class Generation:
             content=self._text,
             calls=bool(self._tool_calls),
         )
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt's tokens as far as it is computed; None unless they were asked for."""
+        entries = self.request.prompt_logprobs
+        return None if entries is None else [entry and self._named(entry) for entry in entries]
 
     def _parse(self, piece: str, last: bool) -> tuple[str, str, list[ToolCall]]:
         if self._parser is None:

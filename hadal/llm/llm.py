@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -23,8 +23,10 @@ from hadal.engine import (
     engine_options,
     plan_memory,
 )
+from hadal.engine.constraint import Constraint
 from hadal.kernels.pages import PAGE_TOKENS
 from hadal.llm.answer import Delta, Generation, RequestOutput
+from hadal.llm.grammar import Grammars, ToolChoice
 from hadal.text import (
     Prompt,
     PromptTexts,
@@ -39,7 +41,6 @@ from hadal.text.tokens import USER
 
 PromptLike = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-ToolChoice = str | Mapping[str, Any]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 _OFFICIAL_USER_ID = 128803  # the user token's id in the vendor's vocabulary
@@ -119,6 +120,10 @@ class LLM:
         self._defaults = {}
 
     @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)
+
+    @cached_property
     def _texts(self) -> PromptTexts:
         # Read when a conversation needs them: a base model without the vendor's sentences can still continue text.
         return self._read_texts()
@@ -176,27 +181,39 @@ class LLM:
     ) -> list[Generation]:
         """The `n` checked answers-to-be, not queued yet; changes nothing here, so any thread may call it.
 
-        `tool_choice` has OpenAI's shape: "none", "auto", "required" or a named function.
+        `tool_choice` has OpenAI's shape: "none", "auto" (also None), "required" or a named function. What is forced, by
+        it or by `params.structured`, begins where thinking ends; a JSON schema is told to the model as well.
         """
-        if tool_choice not in (None, "auto", "none") or params.structured is not None:
-            raise RequestError("structured output and forced tools are not served; leave them out", "tool_choice")
-        prompt = encode_messages(messages, self._texts, thinking=thinking, effort=reasoning_effort, tools=tools)
+        structured = params.structured
+        prompt = encode_messages(
+            messages,
+            self._texts,
+            thinking=thinking,
+            effort=reasoning_effort,
+            tools=tools,
+            response_format=structured.json_schema if structured is not None else None,
+        )
         if prompt.end == "closed":
             raise RequestError("the last message leaves nothing to answer; end with a user or tool message", "messages")
-        return self._prepare(self.tokenizer.encode_pieces(prompt.pieces), params, prompt.text, prompt, tenant, priority)
+        constraint = self._grammars.for_chat(structured, tools, tool_choice, thinking=prompt.end == "thinking")
+        if constraint is not None and constraint.rules and prompt.end == "content" and messages[-1].get("prefix"):
+            raise RequestError(
+                "an answer of a given form cannot continue a `prefix`; leave out one of them", "messages"
+            )
+        ids = self.tokenizer.encode_pieces(prompt.pieces)
+        return self._prepare(ids, params, prompt.text, prompt, constraint, tenant, priority)
 
     def prepare_prompt(
         self, prompt: PromptLike, params: SamplingParams, *, tenant: str = "", priority: int = 0
     ) -> list[Generation]:
         """As `prepare_chat`, for a text or token ids to be continued."""
-        if params.structured is not None:
-            raise RequestError("structured output is not served; leave it out", "structured")
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-            if ids[:1] != [self.tokenizer.bos_id]:
-                ids = [self.tokenizer.bos_id, *ids]
-            return self._prepare(ids, params, prompt, None, tenant, priority)
-        return self._prepare(prompt, params, None, None, tenant, priority)
+        constraint = None if params.structured is None else self._grammars.for_text(params.structured)
+        if not isinstance(prompt, str):
+            return self._prepare(prompt, params, None, None, constraint, tenant, priority)
+        ids = self.tokenizer.encode(prompt)
+        if ids[:1] != [self.tokenizer.bos_id]:
+            ids = [self.tokenizer.bos_id, *ids]
+        return self._prepare(ids, params, prompt, None, constraint, tenant, priority)
 
     def prepare_infill(
         self, prompt: str, suffix: str, params: SamplingParams, *, tenant: str = "", priority: int = 0
@@ -248,14 +265,18 @@ class LLM:
         return list(params)
 
     def _prepare(
-        self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None, tenant: str,
-        priority: int,
+        self, ids: Sequence[int], params: SamplingParams, text: str | None, chat: Prompt | None,
+        constraint: Constraint | None, tenant: str, priority: int,
     ) -> list[Generation]:  # fmt: skip
-        if params.prompt_logprobs is not None:
-            raise RequestError("prompt log-probabilities are not served; leave them out", "prompt_logprobs")
-        prepare = partial(self.engine.prepare, ids, params, tenant=tenant, priority=priority)
-        first = prepare()
-        requests = [first, *(prepare(stream=i, leader=first) for i in range(1, params.n))]
+        requests: list[Request] = []
+        for i in range(params.n):
+            own = None if constraint is None else constraint.copy()
+            leader = requests[0] if requests else None
+            requests.append(
+                self.engine.prepare(
+                    ids, params, stream=i, priority=priority, tenant=tenant, leader=leader, constraint=own
+                )
+            )
         return [Generation(request, self.tokenizer, text, chat) for request in requests]
 
     def _run(self, groups: Sequence[Sequence[Generation]]) -> list[RequestOutput]:
@@ -275,6 +296,7 @@ class LLM:
                 prompt_token_ids=list(group[0].request.prompt_ids),
                 outputs=[generation.output() for generation in group],
                 num_cached_tokens=group[0].request.cached_tokens or 0,
+                prompt_logprobs=group[0].prompt_logprobs(),
             )
             for group in groups
         ]
