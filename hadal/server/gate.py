@@ -57,7 +57,7 @@ def caller(request: Request) -> Caller:
 
 def error_response(path: str, error: APIError, headers: Mapping[str, str] | None = None) -> Response:
     """The error in the shape of the API that `path` belongs to."""
-    body = error.anthropic_body if path.startswith("/anthropic") else error.body
+    body = error.anthropic_body if path.startswith(("/anthropic", "/v1/messages")) else error.body
     sent = dict(headers or {})
     if error.retry_after is not None:
         sent["retry-after"] = str(max(1, round(error.retry_after)))

@@ -99,7 +99,8 @@ class Service:
 
     async def respond(self, request: Request, api: str, ask: Ask, make: MakeWire) -> Response:
         """The HTTP response to `ask`; APIError when it cannot be served."""
-        visit = Visit(api, caller(request), on_gap=self.on_gap)
+        visit = Visit(api, caller(request), on_gap=self.on_gap, traceparent=request.headers.get("traceparent"))
+        visit.id = getattr(request.state, "request_id", visit.id)
         visit.show_cost = request.headers.get("x-hadal-cost", "").lower() in ("1", "true", "usd")
         seat = await self.admit(visit, ask)
         return Reply(self, seat, make(seat.context))
@@ -111,6 +112,11 @@ class Service:
             return await self.whole(seat, make(seat.context))
         finally:
             self.leave(seat)
+
+    async def count(self, request: Request, api: str, ask: Ask) -> int:
+        """The tokens of the prompt that `ask` makes; APIError when it cannot be served."""
+        tenant = caller(request).tenant(ask.user_id)
+        return _prompt_tokens(await asyncio.to_thread(self._render, self.backend, api, tenant, ask), ask.samples)
 
     async def admit(self, visit: Visit, ask: Ask) -> Seat:
         """Check, render and queue what is asked. Whoever gets a seat must `leave` it."""
@@ -163,25 +169,27 @@ class Service:
 
     def _prepare(self, backend: Backend, visit: Visit, ask: Ask) -> tuple[list[Generation], Hold]:
         """In a worker thread: tokenizing a long prompt takes a while."""
-        tenant = visit.caller.tenant(ask.user_id)
-        try:
-            if ask.messages is not None:
-                recalled = self.memory.recall(
-                    tenant, ask.messages, thinking=ask.thinking, tools=bool(ask.tools), strict=ask.strict_history,
-                    synthetic=visit.api != "chat",
-                )  # fmt: skip
-                ask = replace(ask, messages=tuple(recalled))
-            generations = backend.prepare(ask, tenant)
-        except ValueError as error:
-            if not type(error).__module__.startswith("hadal."):
-                raise
-            raise APIError(400, str(error), param=getattr(error, "param", None)) from error
+        generations = self._render(backend, visit.api, visit.caller.tenant(ask.user_id), ask)
         most = sum(g.request.limit for g in generations)
         try:
             return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations, ask.samples), most)
         except LimitReached as error:
             code = "insufficient_balance" if error.status == 402 else "rate_limit_exceeded"
             raise APIError(error.status, str(error), code=code, retry_after=error.retry_after) from None
+
+    def _render(self, backend: Backend, api: str, tenant: str, ask: Ask) -> list[Generation]:
+        try:
+            if ask.messages is not None:
+                recalled = self.memory.recall(
+                    tenant, ask.messages, thinking=ask.thinking, tools=bool(ask.tools), strict=ask.strict_history,
+                    synthetic=api != "chat",
+                )  # fmt: skip
+                ask = replace(ask, messages=tuple(recalled))
+            return backend.prepare(ask, tenant)
+        except ValueError as error:
+            if not type(error).__module__.startswith("hadal."):
+                raise
+            raise APIError(400, str(error), param=getattr(error, "param", None)) from error
 
     async def follow(self, seat: Seat, patience: float) -> AsyncIterator[list[tuple[int, Delta, Usage | None]]]:
         """What the answers gain, until the last of them has ended; an empty list after `patience` seconds of silence.
