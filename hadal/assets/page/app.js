@@ -8,9 +8,10 @@ import { openSettings } from "./settings.js";
 import { drawer, list } from "./sidebar.js";
 import { watch } from "./status.js";
 import { showThread, toEnd } from "./thread.js";
-import { $, announce, compact, h, notice, plural } from "./dom.js";
+import { $, announce, h, notice, plural } from "./dom.js";
 
 const SAVE_EVERY = 2000; // milliseconds, while an answer grows
+const byTouch = matchMedia("(hover: none)"); // where Enter starts a line, as keyboards on glass do
 const runs = new Map(); // conversation id -> {talk, node, stop, view} while an answer grows
 let talk = fresh();
 let offered = [];
@@ -31,18 +32,22 @@ function draw() {
   document.body.classList.toggle("blank", talk.leaf === null);
   $("stop").hidden = !run;
   $("send").hidden = Boolean(run);
-  $("title").textContent = talk.title || "New conversation";
-  document.title = talk.title ? `${talk.title} · Hadal` : "Hadal";
+  entitle(talk.title);
   $("instructed").hidden = !talk.settings.system.trim() && !talk.settings.tools.trim();
   for (const choice of document.getElementsByName("effort")) choice.checked = choice.value === talk.settings.effort;
   measure({ talk });
 }
 
+function entitle(title) {
+  $("title").textContent = title || "New conversation";
+  document.title = title ? `${title} · Hadal` : "Hadal";
+}
+
 async function save(changed = talk) {
   changed.updated = Date.now();
   try {
-    await store.put(structuredClone(changed));
-    await list(talk.id);
+    await store.put(changed);
+    list(talk.id, changed);
   } catch (error) {
     notice(`The browser could not keep this conversation (${error.message}); export it, or delete old ones.`);
   }
@@ -50,6 +55,7 @@ async function save(changed = talk) {
 
 /** Asks the model for the next message of the branch on the screen and lets it grow. */
 async function answer() {
+  if (runs.has(talk.id)) return;
   const asked = talk;
   const stop = new AbortController();
   let body;
@@ -75,7 +81,7 @@ async function answer() {
     $("thread").querySelector("[data-result]")?.focus();
   }
   if (!node.error) announce(`The answer is complete, ${plural(node.usage?.completion_tokens ?? node.tokens ?? 0, "token")}.`);
-  await save(asked);
+  if (!run.gone) await save(asked);
 }
 
 async function follow(run, body) {
@@ -97,7 +103,7 @@ async function follow(run, body) {
       run.view?.update();
       if (performance.now() - saved > SAVE_EVERY) {
         saved = performance.now();
-        store.put(structuredClone(run.talk)).catch(() => {}); // the save at the end tells what is wrong
+        store.put(run.talk).catch(() => {}); // the save at the end tells what is wrong
       }
     }
     if (node.usage && !node.calls) perToken = (node.reasoning.length + node.content.length) / node.usage.completion_tokens || Infinity;
@@ -155,6 +161,7 @@ function configure(first) {
     draw();
     if (talk.leaf) save();
     meet();
+    if (talk.nodes[talk.leaf]?.error?.status === 401) act.again(talk.nodes[talk.leaf]);
   }, first);
 }
 
@@ -174,7 +181,7 @@ $("composer").addEventListener("submit", (event) => {
 });
 $("stop").onclick = () => runs.get(talk.id)?.stop.abort();
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !byTouch.matches) {
     event.preventDefault();
     $("composer").requestSubmit();
   } else if (event.key === "ArrowUp" && isEmpty() && !runs.has(talk.id)) {
@@ -220,13 +227,17 @@ addEventListener("keydown", (event) => {
     $("new").click();
   }
 });
-addEventListener("talk-gone", ({ detail }) => detail === talk.id && (location.hash = ""));
-addEventListener("talk-renamed", ({ detail }) => {
-  if (detail.id !== talk.id) return;
-  talk.title = detail.title;
-  $("title").textContent = detail.title;
+addEventListener("talk-gone", ({ detail }) => {
+  const run = runs.get(detail);
+  if (run) run.gone = true;
+  run?.stop.abort();
+  if (detail === talk.id) location.hash = "";
 });
-addEventListener("talks-read", () => list());
+addEventListener("talk-renamed", ({ detail }) => {
+  for (const it of [talk, runs.get(detail.id)?.talk]) if (it?.id === detail.id) it.title = detail.title;
+  if (detail.id === talk.id) entitle(detail.title);
+});
+addEventListener("talks-read", () => list(talk.id, null));
 
 function begin() {
   talk = fresh();
@@ -243,7 +254,8 @@ async function route() {
   $("status").hidden = !status;
   $("to-status").setAttribute("aria-current", status ? "page" : "false");
   drawer(false);
-  if (status) return list("status");
+  document.body.classList.toggle("blank", !status && talk.leaf === null);
+  if (status) return entitle("Status"), list("status");
   const id = /^#talk=(\w+)$/.exec(location.hash)?.[1];
   const found = id && (runs.get(id)?.talk ?? (await store.get(id)));
   if (!found) return begin();
@@ -262,7 +274,7 @@ async function meet() {
     $("model").replaceChildren(...offered.map(({ id }) => h("option", { value: id }, id)));
     if (offered.some(({ id }) => id === before)) $("model").value = before;
     choose();
-    $("hello").textContent = `${model().id}, with room for ${compact(model().context_length)} tokens.`;
+    $("hello").textContent = `${model().id}, with room for ${plural(model().context_length, "token")}.`;
   } catch (error) {
     const again = h("button", { type: "button", class: "main", onclick: meet }, "Try again");
     const enter = h("button", { type: "button", class: "main", onclick: act.key }, "Enter a key");

@@ -107,9 +107,9 @@ function sound(used, wanted, length) {
   $("sounding").replaceChildren(
     s("line", { x1: 38, x2: 38, y1: "0%", y2: "100%", class: "rope" }),
     s("line", { x1: 38, x2: 38, y1: "0%", y2: `${depth(wanted)}%`, class: "let-down" }),
-    marks.map(([n, y]) => [s("line", { x1: 34, x2: 42, y1: `${y}%`, y2: `${y}%`, class: "rope" }), s("text", { x: 28, y: `${y}%`, dy: 3 }, compact(n))]),
+    ...marks.flatMap(([n, y]) => [s("line", { x1: 34, x2: 42, y1: `${y}%`, y2: `${y}%`, class: "rope" }), s("text", { x: 28, y: `${y}%`, dy: 3 }, compact(n))]),
     s("circle", { cx: 38, cy: `${depth(used)}%`, r: 4, class: "lamp" }),
-    wanted > used && s("circle", { cx: 38, cy: `${depth(wanted)}%`, r: 6, class: "goal" }),
+    s("circle", { cx: 38, cy: `${depth(wanted)}%`, r: wanted > used ? 6 : 0, class: "goal" }),
   );
 }
 

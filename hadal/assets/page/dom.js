@@ -16,7 +16,7 @@ function fill(el, props, children) {
     else if (key === "value") el.value = value;
     else el.setAttribute(key, value === true ? "" : value);
   }
-  el.append(...children.flat().filter((child) => child || child === 0));
+  el.append(...children.flat(Infinity).filter(Boolean));
   return el;
 }
 

@@ -4,23 +4,25 @@ import * as store from "./store.js";
 import { $, h, iconButton, notice } from "./dom.js";
 
 const narrow = matchMedia("(max-width: 760px)");
-let talks = [];
+let talks = null; // id -> conversation
 let shown = null;
 
-export async function list(current = shown) {
+/** Draws the list with `current` marked; `changed` is a conversation that is new or other than before, or null for all. */
+export async function list(current = shown, changed) {
   shown = current;
-  talks = await store.all();
+  if (!talks || changed === null) talks = new Map((await store.all()).map((talk) => [talk.id, talk]));
+  if (changed) talks.set(changed.id, changed);
   draw();
 }
 
 function draw() {
   const wanted = $("search").value.trim().toLowerCase();
   const holds = (talk) => [talk, ...Object.values(talk.nodes)].some((it) => (it.title ?? it.content).toLowerCase().includes(wanted));
-  const found = wanted ? talks.filter(holds) : talks;
-  const groups = Map.groupBy ? Map.groupBy(found, age) : new Map([["", found]]);
+  const found = [...talks.values()].filter((talk) => !wanted || holds(talk)).sort((a, b) => b.updated - a.updated);
+  const groups = Object.entries(Object.groupBy(found, age));
   const part = ([name, members]) => [name && h("h2", {}, name), h("ul", {}, members.map(entry))];
   const none = h("p", { class: "quiet" }, wanted ? "Nothing found." : "Conversations stay in this browser.");
-  $("talks").replaceChildren(...(found.length ? [...groups].flatMap(part) : [none]));
+  $("talks").replaceChildren(...(found.length ? groups.flatMap(part) : [none]));
 }
 
 function age({ updated }) {
@@ -47,9 +49,10 @@ function entry(talk) {
   };
   const remove = async () => {
     await store.drop(talk.id);
+    talks.delete(talk.id);
     dispatchEvent(new CustomEvent("talk-gone", { detail: talk.id }));
     await list();
-    notice("Conversation deleted.", "Undo", async () => (await store.put(talk), list()));
+    notice("Conversation deleted.", "Undo", async () => (await store.put(talk), list(shown, talk)));
   };
   return h("li", {}, link, iconButton("edit", `Rename ${talk.title}`, rename), iconButton("trash", `Delete ${talk.title}`, remove));
 }

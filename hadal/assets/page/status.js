@@ -44,9 +44,9 @@ function draw(it) {
   $("tiles").replaceChildren(
     tile("Queue", running, plural(running, "running").replace(/s$/, "").replace(/^\S+ /, ""), queue, queueChart(history)),
     tile("Throughput", rate(it.tokens_per_second ?? 0), "tokens/s written", speed, curve(history, "tokens_per_second", "Tokens per second")),
-    tile("Cache", cache.hit_rate === undefined ? "–" : percent(cache.hit_rate ?? 0), "of prompt tokens found", [held],
-      curve(history, "hit_rate", "Share of prompt tokens found in the cache", 1), bar(fill, "Cache memory in use"), reasons(cache.reasons ?? {})),
     tile("Spend", money(spend.today), "today", sum, dayChart(days)),
+    tile("Cache", typeof cache.hit_rate === "number" ? percent(cache.hit_rate) : "–", "of prompt tokens found", [held],
+      bar(fill, "Cache memory in use"), curve(history, "hit_rate", "Share of prompt tokens found in the cache", 1), reasons(cache.reasons ?? {})),
   );
 }
 
@@ -89,7 +89,7 @@ function queueChart(history) {
   const surface = HEIGHT / 2;
   const y = (sign) => (value) => surface - (sign * (surface - 4) * value) / high;
   const told = `Requests in the last 15 minutes: at most ${count(top(history, "running"))} running and ${count(top(history, "waiting"))} waiting.`;
-  const shapes = [area(points(history, "running", y(1)), surface, "up"), area(points(history, "waiting", y(-1)), surface, "down")];
+  const shapes = [area(points(history, "waiting", y(-1)), surface, "down"), area(points(history, "running", y(1)), surface, "up")];
   const surfaceLine = s("line", { class: "surface", x1: 0, x2: WIDTH, y1: surface, y2: surface });
   return [picture(told, ...shapes, surfaceLine), axis("15 min ago", "▲ running  ▼ waiting", "now")];
 }
@@ -110,7 +110,7 @@ function dayChart(days) {
 
 const bar = (part, label) =>
   s("svg", { class: "bar-chart", viewBox: "0 0 100 1", preserveAspectRatio: "none", role: "img", "aria-label": `${label}: ${percent(part)}` },
-    s("rect", { class: "track", width: 100, height: 1 }), s("rect", { class: "part", width: 100 * part, height: 1 }));
+    s("rect", { class: "rail", width: 100, height: 1 }), s("rect", { class: "part", width: 100 * part, height: 1 }));
 
 /** Why prompts were not found, the most frequent reason first. */
 function reasons(counted) {

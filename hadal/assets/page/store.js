@@ -16,7 +16,7 @@ async function run(mode, make) {
   });
 }
 
-export const all = async () => (await run("readonly", (store) => store.getAll())).sort((a, b) => b.updated - a.updated);
+export const all = () => run("readonly", (store) => store.getAll());
 export const get = (id) => run("readonly", (store) => store.get(id));
 export const put = (talk) => run("readwrite", (store) => store.put(talk));
 export const drop = (id) => run("readwrite", (store) => store.delete(id));

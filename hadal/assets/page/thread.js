@@ -3,7 +3,7 @@
 import { openCalls, path, versions } from "./talk.js";
 import { Markdown } from "./markdown.js";
 import { highlight } from "./highlight.js";
-import { $, compact, copyButton, count, h, icon, iconButton, money, plural, rate, seconds } from "./dom.js";
+import { $, copyButton, count, h, icon, iconButton, money, plural, rate, seconds } from "./dom.js";
 
 const NEAR = 80; // pixels from the end within which the view follows the answer
 const scroller = $("scroll");
@@ -163,7 +163,7 @@ export class Answer {
     };
     tick();
     const enter = status === 401 && h("button", { type: "button", class: "main", onclick: this.act.key }, "Enter a key");
-    return h("div", { class: "error", role: "alert" }, icon("alert"), h("p", {}, message), h("div", { class: "row" }, enter, retry));
+    return h("div", { class: "error", role: "alert" }, icon("alert"), h("p", {}, message[0].toUpperCase() + message.slice(1)), h("div", { class: "row" }, enter, retry));
   }
 }
 
@@ -187,7 +187,7 @@ function summary({ usage, times = {}, finish, tokens }) {
     made > 0 && `${usage ? "" : "≈ "}${plural(made, "token")}`,
     times.first !== undefined && `first after ${times.first.toFixed(2)} s`,
     made > 1 && writing > 0 && `${rate((made - 1) / writing)} tokens/s`,
-    usage && `${hit ? count(hit) : "none"} of ${compact(usage.prompt_tokens)} read from cache`,
+    usage && `${hit ? count(hit) : "none"} of ${count(usage.prompt_tokens)} read from cache`,
     usage?.cost && money(usage.cost),
   ].filter(Boolean).join(" · ");
 }
