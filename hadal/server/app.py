@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 from hadal import __version__
 from hadal.accounts import PRICE_LIST, Accounts
 from hadal.plan.price import PriceBook
-from hadal.server import page
+from hadal.server import batches, page
 from hadal.server.backend import Backend
 from hadal.server.errors import APIError, validation_error
 from hadal.server.gate import Gate, error_response
+from hadal.server.guard import protect
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 
@@ -32,12 +33,15 @@ def create_app(
     """
     settings = settings or Settings()
     service = Service(settings, accounts or open_accounts(settings))
+    work = batches.Batches(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if backend is not None:
             service.attach(backend)
+        work.start()
         yield
+        await work.stop()
         await service.close()
         service.accounts.close()
 
@@ -47,12 +51,13 @@ def create_app(
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unforeseen)
     for room in ("chat", "completions", "responses", "anthropic", "catalog", "files", "health", "metrics"):
         if importlib.util.find_spec(f"hadal.server.{room}"):
             app.include_router(importlib.import_module(f"hadal.server.{room}").router(service))
+    app.include_router(batches.router(work))
     app.include_router(page.page_router())
     app.add_middleware(Gate, accounts=service.accounts)
+    protect(app, settings)
     return app
 
 
@@ -77,7 +82,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     unknown = error.status_code in (404, 405)
     message = f"there is no {request.method} {request.url.path} here" if unknown else str(error.detail)
     return await _api_error(request, APIError(error.status_code, message))
-
-
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    return await _api_error(request, APIError(500, "the server failed on this request; see its log"))
