@@ -27,7 +27,7 @@ class TokenizeBody(Switch):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] = Field([])
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -110,8 +110,9 @@ def router(service: Service) -> APIRouter:
             decide(service.settings, body.model, [])
         try:
             return {"prompt": await asyncio.to_thread(service.backend.tokenizer.decode, body.tokens)}
-        except TokenizerError as error:
-            raise APIError(422, f"`tokens`: {error}", param="tokens") from None
+        except TokenizerError:
+            most = service.backend.tokenizer.vocab_size - 1
+            raise APIError(422, f"`tokens` has an id beyond {most}, the last of this model", param="tokens") from None
 
     return routes
 

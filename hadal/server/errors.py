@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_UNION_MEMBER = re.compile(r"str|bool|int|float|dict|[A-Z]\w*|.*\[.*\]")  # as pydantic names them
 CLIENT_GONE = 499  # never sent: nobody is there to read it
 
 
@@ -66,9 +68,7 @@ class APIError(Exception):
 def validation_error(errors: Sequence[Any]) -> APIError:
     """One sentence about the first of pydantic's errors, naming the field by its path in the body."""
     first = errors[0]
-    path = ""
-    for part in first["loc"][1:] if first["loc"][:1] in (("body",), ("query",)) else first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    path = _path(first)
     kind = first["type"]
     if kind == "json_invalid":
         return APIError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
@@ -76,8 +76,26 @@ def validation_error(errors: Sequence[Any]) -> APIError:
         return APIError(422, f"unknown field `{path}`; remove it", param=path, code="unknown_parameter")
     if kind == "missing" and path:
         return APIError(422, f"field `{path}` is missing", param=path, code="missing_required_parameter")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    given = json.dumps(first.get("input"), default=str)
-    shown = f" (given {given})" if kind != "value_error" and len(given) <= 60 else ""
-    prefix = f"`{path}`: " if path else ""
-    return APIError(422, f"{prefix}{message[:1].lower()}{message[1:]}{shown}", param=path or None)
+    messages = [str(error["msg"]).removeprefix("Value error, ") for error in errors if _path(error) == path]
+    message = ", or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in messages))
+    shown = f" (given {_given(first)})" if kind != "value_error" and len(_given(first)) <= 60 else ""
+    return APIError(422, f"`{path}`: {message}{shown}" if path else f"{message}{shown}", param=path or None)
+
+
+def _path(error: Any) -> str:
+    """Where in the body; which member of a union a value is no example of, nobody needs to know."""
+    loc, path = error["loc"], ""
+    name = len(loc) - 1 if error["type"] in ("extra_forbidden", "missing") else None  # that part the client wrote
+    for i, part in enumerate(loc):
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif (i > 0 or part not in ("body", "query")) and (i == name or not _UNION_MEMBER.fullmatch(part)):
+            path += f".{part}" if path else part
+    return path
+
+
+def _given(error: Any) -> str:
+    try:
+        return json.dumps(error.get("input"), default=str)
+    except RecursionError:
+        return "what is nested too deeply"
