@@ -22,9 +22,9 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
-def size(text: str) -> Any:
+def size(text: str, **more: Any) -> Any:
     """An option for a number of bytes."""
-    return typer.Option(parser=_bytes, metavar="SIZE", help=text)
+    return typer.Option(parser=_bytes, metavar="SIZE", help=text, **more)
 
 
 Served = Annotated[str, typer.Argument(help="A directory, a Hub repo id or `nano`.")]
