@@ -51,9 +51,8 @@ class Accounts:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.book = book or PriceBook.load()
-        self.price_list = price_list
         self._clock = clock
-        self.book.price(price_list, datetime.fromtimestamp(clock(), UTC))
+        self.price_list = price_list
         folder = folder or tables.data_folder()
         self._engine = tables.open_database(url or sa.URL.create("sqlite", database=str(folder / "hadal.db")))
         try:
@@ -65,6 +64,16 @@ class Accounts:
         spool = tables.spool_of(self._engine, folder)
         self._ledger = Ledger(self._engine, spool, self._gate.lock, self._follow)
         self._ledger.start()
+
+    @property
+    def price_list(self) -> str:
+        """The list that requests are priced at; setting one that has no price now raises PriceError."""
+        return self._price_list
+
+    @price_list.setter
+    def price_list(self, name: str) -> None:
+        self.book.price(name, self._now())
+        self._price_list = name
 
     @property
     def has_keys(self) -> bool:
