@@ -219,16 +219,16 @@ def test_errors_are_one_sentence_with_exit_code_2(model: str, args: tuple[str, .
     assert made.stdout == ""
 
 
-def test_serve_says_where_it_listens_and_refuses_a_taken_port(model: str) -> None:
+def test_serve_says_where_it_listens_and_refuses_a_taken_port(model: str, tmp_path: Path) -> None:
     code = "from hadal.cli import app; app()"
-    command = [sys.executable, "-c", code, "serve", model, "--port", "0"]
+    command = [sys.executable, "-c", code, "serve", model, "--port", "0", "--data", str(tmp_path / "a")]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
     try:
         line = server.stdout.readline()
         assert line.startswith("Hadal serves tiny at http://127.0.0.1:") and line.endswith("/v1\n")
         port = line.rsplit(":", 1)[1].removesuffix("/v1\n")
-        made = run("serve", model, "--port", port)
+        made = run("serve", model, "--port", port, "--data", str(tmp_path / "b"))
         assert made.exit_code == 2 and f"cannot listen on 127.0.0.1:{port}" in made.stderr
     finally:
         server.terminate()

@@ -50,7 +50,6 @@ def run(
     far more than the core is worth.
     """
     torch.set_num_threads(threads or min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - 1)))
-    configure_logs(settings.log_format)
     with open_accounts(settings) as accounts, _listen(host, port) as listener:
         _check_address(host, accounts, settings)
         app = create_app(None, settings, accounts)
@@ -68,6 +67,7 @@ def run(
         scheme = "https" if settings.tls_cert else "http"
         address = f"{scheme}://{shown}:{listener.getsockname()[1]}"
         print(f"Hadal serves {settings.model} at {address}/v1", flush=True)
+        configure_logs(settings.log_format)
         loader.start()
         server.run(sockets=[listener])
         end_traces()
