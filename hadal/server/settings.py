@@ -85,8 +85,9 @@ class Settings:
 
     `model` is the name that the server goes by, `aliases` are others. Answers wait at most `start_seconds` for their
     first token and take at most `request_seconds` in all; a request whose predicted wait is above `max_wait_seconds` is
-    turned away, and a body has `body_seconds` to arrive. `open_bind` allows an address that other machines reach even
-    without keys. `data` is a folder, and `database` a URL, by default of a file in that folder.
+    turned away, and a body has `body_seconds` to arrive. A key keeps at most `max_files` files of `file_limit` bytes.
+    `open_bind` allows an address that other machines reach even without keys. `data` is a folder, and `database` a URL,
+    by default of a file in that folder.
     """
 
     model: str = "nano"
@@ -100,6 +101,8 @@ class Settings:
     prices: Path | None = None
     price_list: str = PRICE_LIST
     body_limit: Count = 48 << 20
+    file_limit: Count = 200 << 20
+    max_files: Count = 1000
     max_tools: Count = 128
     max_stops: Count = 16
     schema_limit: Count = 256 << 10
