@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from hadal import __version__
+import hadal
 from hadal.accounts import AccountsError
 from hadal.server.metrics import Vitals, take_vitals
 from hadal.server.service import Service
@@ -98,7 +98,7 @@ class History:
             "history": list(self._samples),
             **({} if spend is None else {"spend": spend}),
             "uptime_s": time.time() - service.started,
-            "version": __version__,
+            "version": hadal.__version__,
         }
 
     async def _sum_spend(self) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from hadal.engine import EngineStats
-from hadal.kernels.pages import PAGE_TOKENS
 from hadal.server.backend import LocalBackend
 from hadal.server.service import Service
 from hadal.server.visit import Visit
@@ -25,7 +24,7 @@ from hadal.server.visit import Visit
 _SECONDS = tuple(10.0**power * step for power in range(-3, 4) for step in (1, 2.5, 5))
 _TOKENS = tuple(float(4**power) for power in range(0, 11))
 _SAMPLE_VISITS = 50  # that went by without one hit before it is told
-_SAMPLE_TOKENS = 2 * PAGE_TOKENS  # of a prompt that could have had one
+_SAMPLE_TOKENS = 256  # of a prompt that could have had one
 _log = logging.getLogger("hadal.server")
 
 _Kind = Literal["gauge", "counter"]
@@ -45,6 +44,7 @@ class Vitals:
     cache_used: int = 0
     cache_total: int = 0
     pages: int = 0
+    page_tokens: int = 0
     store: Mapping[str, int] = field(default_factory=dict)
     stats: EngineStats = field(default_factory=EngineStats)
 
@@ -62,7 +62,7 @@ def take_vitals(service: Service) -> Vitals:
     return Vitals(
         running=load.running, waiting=load.waiting, wait_seconds=load.wait,
         max_concurrent=engine.options.max_concurrent, cache_used=engine.pages_in_use * page + homes,
-        cache_total=engine.plan.cache, pages=engine.plan.pages, store=engine.store.stats() if engine.store else {},
+        cache_total=engine.plan.cache, pages=engine.plan.pages, page_tokens=engine.plan.tokens // engine.plan.pages, store=engine.store.stats() if engine.store else {},
         stats=engine.stats,
     )  # fmt: skip
 
@@ -182,7 +182,7 @@ class Metrics:
 
     def _shared(self, now: Vitals) -> list[_Row]:
         stats = now.stats
-        config = {"block_size": PAGE_TOKENS, "num_gpu_blocks": now.pages, "cache_bytes": now.cache_total}
+        config = {"block_size": now.page_tokens, "num_gpu_blocks": now.pages, "cache_bytes": now.cache_total}
         used = now.cache_used / now.cache_total if now.cache_total else 0.0
         sources = {"local_compute": stats.prompt_tokens - stats.cached_tokens, "local_cache_hit": stats.cached_tokens}
         return [
