@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,7 +13,7 @@ from starlette.exceptions import HTTPException
 from hadal import __version__
 from hadal.accounts import PRICE_LIST, Accounts
 from hadal.plan.price import PriceBook
-from hadal.server import batches, page
+from hadal.server import anthropic, batches, catalog, chat, completions, files, health, metrics, page, responses
 from hadal.server.backend import Backend
 from hadal.server.errors import APIError, validation_error
 from hadal.server.gate import Gate, error_response
@@ -51,9 +49,8 @@ def create_app(
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
-    for room in ("chat", "completions", "responses", "anthropic", "catalog", "files", "health", "metrics"):
-        if importlib.util.find_spec(f"hadal.server.{room}"):
-            app.include_router(importlib.import_module(f"hadal.server.{room}").router(service))
+    for room in (chat, completions, responses, anthropic, catalog, files, health, metrics):
+        app.include_router(room.router(service))
     app.include_router(batches.router(work))
     app.include_router(page.page_router())
     app.add_middleware(Gate, accounts=service.accounts)
