@@ -248,8 +248,7 @@ def test_a_database_server_that_goes_away_gets_its_rows_later(postgresql, opened
             accounts.keys.revoke("alice")
     finally:
         postgresql.start()
-    assert soon(lambda: accounts.problem is None, 10)
-    assert sums(accounts) == (4, 2, 2 * tables.PICO)
+    assert soon(lambda: accounts.problem is None and sums(accounts) == (4, 2, 2 * tables.PICO), 10)
 
 
 def test_rows_of_one_database_never_reach_another(postgresql, opened: Open, tmp_path: Path) -> None:
