@@ -58,12 +58,13 @@ def take_vitals(service: Service) -> Vitals:
     if not isinstance(backend, LocalBackend):
         return Vitals(load.running, load.waiting, load.wait)
     engine = backend.llm.engine
-    page, homes = engine.plan.page, engine.plan.home * engine.running
+    plan, store = engine.plan, engine.store
+    homes = plan.home * engine.running + (store.home_bytes if store else 0)
     return Vitals(
         running=load.running, waiting=load.waiting, wait_seconds=load.wait,
-        max_concurrent=engine.options.max_concurrent, cache_used=engine.pages_in_use * page + homes,
-        cache_total=engine.plan.cache, pages=engine.plan.pages, page_tokens=engine.plan.tokens // engine.plan.pages, store=engine.store.stats() if engine.store else {},
-        stats=engine.stats,
+        max_concurrent=engine.options.max_concurrent, cache_used=engine.pages_in_use * plan.page + homes,
+        cache_total=plan.cache, pages=plan.pages, page_tokens=plan.tokens // plan.pages,
+        store=store.stats() if store else {}, stats=engine.stats,
     )  # fmt: skip
 
 

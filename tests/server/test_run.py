@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +20,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+import uvicorn
+from starlette.responses import JSONResponse
+from uvicorn.lifespan.off import LifespanOff
 
 from hadal.accounts import Accounts
+from hadal.server import run as room
 from hadal.server.run import ServeError, is_local, run
 from hadal.server.settings import Settings
 
@@ -211,3 +218,54 @@ def test_a_certificate_that_is_none_is_told(tmp_path: Path) -> None:
     settings = Settings(data=tmp_path, tls_cert=tmp_path / "x.pem", tls_key=tmp_path / "x.pem")
     with pytest.raises(ServeError, match="cannot use the certificate"):
         run(cast(Any, None), settings, port=0)
+
+
+async def plain(scope: Any, receive: Any, send: Any) -> None:
+    await JSONResponse({"scheme": scope["scheme"]})(scope, receive, send)
+
+
+@contextmanager
+def thread_of(settings: Settings) -> Iterator[int]:
+    config = room._configure(plain, settings)
+    config.lifespan_class = LifespanOff
+    server = uvicorn.Server(config)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(timeout=20)
+
+
+def test_a_connection_that_says_nothing_is_closed_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_HEAD_SECONDS", 0.3)
+    with thread_of(Settings(data=tmp_path)) as port:
+        polite = http.client.HTTPConnection("127.0.0.1", port)
+        polite.request("GET", "/")
+        polite.getresponse().read()
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+            silent.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+            assert silent.recv(100) == b""
+        polite.request("GET", "/")
+        assert polite.getresponse().status == 200
+        polite.close()
+
+
+def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    subprocess.run(command.split(), check=True, capture_output=True)
+    with thread_of(Settings(data=tmp_path, tls_cert=cert, tls_key=key)) as port:
+        trust = ssl.create_default_context(cafile=str(cert))
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=trust, timeout=10)
+        connection.request("GET", "/")
+        assert json.loads(connection.getresponse().read()) == {"scheme": "https"}
+        connection.close()
