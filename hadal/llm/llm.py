@@ -101,8 +101,7 @@ class LLM:
         pending = loaded.runner.pending_bytes if loaded.runner is not None else 0
         engine = Engine(loaded, device=where, vocabulary=tokenizer.vocab_size, weights=pending, **options)
         self._compose(engine, tokenizer, name=Path(model).resolve().name)
-        self._defaults = _own_sampling(directory / "generation_config.json")
-        self._read_texts = lambda: _prompt_texts(directory, tokenizer)
+        self._adopt(directory)
 
     @classmethod
     def from_parts(cls, engine: Engine, tokenizer: Tokenizer, texts: PromptTexts, *, name: str) -> LLM:
@@ -111,6 +110,24 @@ class LLM:
         llm._compose(engine, tokenizer, name=name)
         llm._read_texts = lambda: texts
         return llm
+
+    @classmethod
+    def without_weights(cls, model: str | Path, make_engine: Callable[[Tokenizer], Any]) -> LLM:
+        """An LLM whose engine needs no weights here; tokenizer, sentences and habits are those of a model's directory.
+
+        Raises a ValueError of the room concerned for a directory that cannot be used.
+        """
+        directory = locate_model(model, weights=False)
+        tokenizer = Tokenizer.from_directory(directory)
+        llm = cls.__new__(cls)
+        llm._compose(make_engine(tokenizer), tokenizer, name=Path(model).resolve().name)
+        llm._adopt(directory)
+        return llm
+
+    def _adopt(self, directory: Path) -> None:
+        tokenizer = self.tokenizer
+        self._defaults = _own_sampling(directory / "generation_config.json")
+        self._read_texts = lambda: _prompt_texts(directory, tokenizer)
 
     def _compose(self, engine: Engine, tokenizer: Tokenizer, *, name: str) -> None:
         self.engine = engine

@@ -26,15 +26,16 @@ _NO_TEXT = {"properties", "additionalProperties", "items", "prefixItems", "minim
 _ROOT_KEYS = {"type", "properties", "required", "additionalProperties", "$schema", "$id", "strict"} | _ANNOTATIONS
 _STRICT_KEYS = {"oneOf", "allOf", "not", "if", "then", "else", "patternProperties", "propertyNames", "prefixItems"}
 
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,28}[A-Za-z0-9])?"
+_HOST = rf"{_LABEL}(?:\.{_LABEL}){{0,6}}"  # 253 characters at most; limits of labels and of all do not multiply thus
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _WORD = "[0-9A-Fa-f]{1,4}"
 _SHORTENED = [f"(?:{_WORD}:){{1,{7 - n}}}(?::{_WORD}){{1,{n}}}" for n in range(1, 7)]
 _STRICT_FORMATS = {
-    "email": rf"[A-Za-z0-9_%+-]+(?:\.[A-Za-z0-9_%+-]+)*@{_LABEL}(?:\.{_LABEL})+",
-    "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
+    "email": rf"[A-Za-z0-9_%+-]{{1,20}}(?:\.[A-Za-z0-9_%+-]{{1,20}}){{0,2}}@{_LABEL}\.{_HOST}",
+    "hostname": _HOST,
     "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
     "ipv6": "|".join(
         [f"(?:{_WORD}:){{7}}{_WORD}", f"(?:{_WORD}:){{1,7}}:", f":(?::{_WORD}){{1,7}}", "::", *_SHORTENED]
