@@ -18,7 +18,16 @@ from hadal.server.anthropic_wire import AnthropicWire
 from hadal.server.ask import Ask
 from hadal.server.body import MOST_TOKENS, Body, Structured
 from hadal.server.errors import APIError
-from hadal.server.parts import Part, check_tools, join_texts, make_ask, read_text_as
+from hadal.server.parts import (
+    Part,
+    check_tools,
+    join_texts,
+    make_ask,
+    plain_call,
+    plain_choice,
+    plain_tool,
+    read_text_as,
+)
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from hadal.server.thinking import decide
@@ -82,7 +91,7 @@ class Tool(Part):
         )
     }
     remedy: ClassVar[str] = (
-        "there is no web or sandbox behind this server; leave the tool out, or give one of your own with `input_schema`"
+        "this server has no web or sandbox; leave the tool out, or give one of your own with `input_schema`"
     )
     type: str = "custom"
     name: str = Field("", pattern=r"^[a-zA-Z0-9_-]{1,128}$")
@@ -98,13 +107,7 @@ class Tool(Part):
     @property
     def plain(self) -> dict[str, Any]:
         """The tool in the chat API's shape."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        function["parameters"] = self.input_schema
-        if self.strict:
-            function["strict"] = True
-        return {"type": "function", "function": function}
+        return plain_tool(self.name, self.input_schema, self.description, self.strict)
 
 
 class Choice(Part):
@@ -123,8 +126,7 @@ class Choice(Part):
     @property
     def plain(self) -> str | dict[str, Any]:
         """The choice in the chat API's shape."""
-        named = {"type": "function", "function": {"name": self.name}}
-        return named if self.type == "tool" else {"any": "required"}.get(self.type, self.type)
+        return plain_choice(self.name) if self.type == "tool" else {"any": "required"}.get(self.type, self.type)
 
 
 class Thinking(Body):
@@ -286,11 +288,7 @@ def _assistant_turn(message: Message) -> dict[str, Any]:
     if any(block.type == "thinking" for block in blocks):
         turn["reasoning_content"] = "".join(block.thinking for block in blocks)
     calls = [
-        {
-            "id": block.id,
-            "type": "function",
-            "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
-        }
+        plain_call(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
         for block in blocks
         if block.type == "tool_use"
     ]
@@ -299,16 +297,18 @@ def _assistant_turn(message: Message) -> dict[str, Any]:
 
 def router(service: Service) -> APIRouter:
     """The endpoints, under DeepSeek's prefix and for clients whose base URL is this server's root."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["messages"])
 
-    @routes.post("/v1/messages")
     @routes.post("/anthropic/v1/messages")
-    async def respond(body: MessagesRequest, request: Request) -> Response:
+    @routes.post("/v1/messages", include_in_schema=False)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """An answer to a conversation, whole or as a stream of events."""
         return await service.respond(request, "messages", body.ask(service.settings), body.wire)
 
-    @routes.post("/v1/messages/count_tokens")
     @routes.post("/anthropic/v1/messages/count_tokens")
-    async def count(body: CountRequest, request: Request) -> dict[str, int]:
+    @routes.post("/v1/messages/count_tokens", include_in_schema=False)
+    async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
+        """The tokens of the prompt that a conversation makes."""
         return {"input_tokens": await service.count(request, "messages", body.ask(service.settings))}
 
     return routes

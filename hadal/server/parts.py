@@ -57,6 +57,24 @@ def join_texts(texts: Sequence[str]) -> str:
     return "\n\n".join(texts)
 
 
+def plain_tool(
+    name: str, parameters: Mapping[str, Any] | None, description: str | None, strict: bool
+) -> dict[str, Any]:
+    """A function as the chat API's `tools` have it."""
+    given = {"name": name, "description": description, "parameters": parameters, "strict": strict or None}
+    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+
+
+def plain_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call as the chat API's `tool_calls` have it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def plain_choice(name: str) -> dict[str, Any]:
+    """A named choice as the chat API's `tool_choice` has it."""
+    return {"type": "function", "function": {"name": name}}
+
+
 def check_tools(settings: Settings, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> None:
     """APIError for tools (in the chat API's shape, as `choice`) that are too many, too large, or not there."""
     if len(tools) > settings.max_tools:

@@ -17,7 +17,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from hadal.engine import StructuredOutput
 from hadal.server.ask import Ask
 from hadal.server.body import Body, Structured
-from hadal.server.parts import Part, check_tools, join_texts, make_ask, read_text_as
+from hadal.server.parts import (
+    Part,
+    check_tools,
+    join_texts,
+    make_ask,
+    plain_call,
+    plain_choice,
+    plain_tool,
+    read_text_as,
+)
 from hadal.server.responses_wire import SEALED, ResponsesWire
 from hadal.server.service import Service
 from hadal.server.settings import Settings
@@ -26,8 +35,8 @@ from hadal.server.wire import Context
 
 _TEXT_ONLY = "DeepSeek-V4 reads text only; send the content as text"
 _NO_TOOL = (
-    "there is no web, file store, or sandbox behind this server; leave the tool out, or give one that the client runs, "
-    "as type 'function' or 'custom'"
+    'this server has no web, file store, or sandbox; leave the tool out (Codex: `web_search = "disabled"`), '
+    "or give one that the client runs, as type 'function' or 'custom'"
 )
 _NOTHING_STORED = "nothing is stored here; send the whole conversation as `input`"
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -104,7 +113,7 @@ class Item(Part):
         """A call in the chat API's shape; free text is the one argument `input`."""
         free = self.type == "custom_tool_call"
         arguments = json.dumps({"input": self.input}, ensure_ascii=False) if free else self.arguments
-        return {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+        return plain_call(self.call_id, self.name, arguments)
 
 
 class Tool(Part):
@@ -126,20 +135,14 @@ class Tool(Part):
     @property
     def plain(self) -> dict[str, Any]:
         """The tool in the chat API's shape. The grammar of a free text is told to the model and not enforced."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        if self.type == "custom":
-            grammar = (
-                f", in this grammar:\n{self.format['definition']}" if (self.format or {}).get("definition") else ""
-            )
-            text = {"type": "string", "description": f"The whole input as free text{grammar}"}
-            function["parameters"] = {"type": "object", "properties": {"input": text}, "required": ["input"]}
-        elif self.parameters is not None:
-            function["parameters"] = self.parameters
-        if self.strict:
-            function["strict"] = True
-        return {"type": "function", "function": function}
+        if self.type == "function":
+            return plain_tool(self.name, self.parameters, self.description, self.strict)
+        definition = self.format.get("definition")
+        grammar = f", in this grammar:\n{definition}" if definition else ""
+        text = {"type": "string", "description": f"The whole input as free text{grammar}"}
+        return plain_tool(
+            self.name, {"type": "object", "properties": {"input": text}, "required": ["input"]}, self.description, False
+        )
 
 
 class Choice(Part):
@@ -280,7 +283,7 @@ class ResponsesRequest(Body):
         if isinstance(choice, Choice) and choice.type == "allowed_tools":
             allowed = [tool.get("name") for tool in choice.tools]
             tools, choice = [tool for tool in tools if tool.name in allowed], choice.mode
-        named = choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice.name}}
+        named = choice if isinstance(choice, str) else plain_choice(choice.name)
         return [tool.plain for tool in tools], named
 
     def _structured(self, settings: Settings) -> StructuredOutput | None:
@@ -340,11 +343,12 @@ def _add_to_turn(turn: dict[str, Any], item: Item) -> None:
 
 def router(service: Service) -> APIRouter:
     """The endpoint, with and without /v1."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["responses"])
 
     @routes.post("/v1/responses")
-    @routes.post("/responses")
-    async def respond(body: ResponsesRequest, request: Request) -> Response:
+    @routes.post("/responses", include_in_schema=False)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """An answer to a list of items, whole or as a stream of events."""
         return await service.respond(request, "responses", body.ask(service.settings), body.wire)
 
     return routes
