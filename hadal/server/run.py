@@ -18,6 +18,7 @@ import torch
 import uvicorn
 
 from hadal.accounts import Accounts
+from hadal.plan.price import PriceError
 from hadal.server.app import create_app, open_accounts
 from hadal.server.backend import Backend
 from hadal.server.guard import SameSite
@@ -178,6 +179,7 @@ class _Server(uvicorn.Server):
         self._drained: float | None = None  # when draining ends at the latest
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running = threading.Event()
+        self._refused_list = ""  # of which it was told already
 
     def wait_for_loop(self) -> asyncio.AbstractEventLoop:
         """The event loop, once the server answers."""
@@ -205,4 +207,15 @@ class _Server(uvicorn.Server):
                 _log.warning("%d requests did not end in time and are ended now", len(self._service.seats))
                 await self._service.close()
             self.should_exit = not self._service.seats
+        if counter % 10 == 0:
+            self._follow_price_list()
         return await super().on_tick(counter)
+
+    def _follow_price_list(self) -> None:
+        wanted, accounts = self._service.settings.price_list, self._service.accounts
+        if wanted not in (accounts.price_list, self._refused_list):
+            try:
+                accounts.price_list = wanted
+            except PriceError as error:
+                self._refused_list = wanted
+                _log.warning("costs are counted by %r on: %s", accounts.price_list, error)

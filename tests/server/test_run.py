@@ -24,10 +24,11 @@ import uvicorn
 from starlette.responses import JSONResponse
 from uvicorn.lifespan.off import LifespanOff
 
+import hadal.server.run as room
 from hadal.accounts import Accounts
-from hadal.server import run as room
 from hadal.server.run import ServeError, is_local, run
-from hadal.server.settings import Settings
+from hadal.server.service import Service
+from hadal.server.settings import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent.parent
 # Answers with an "a" each 20 ms for ever; loads once the file `go` is there, and fails if that says so.
@@ -269,3 +270,18 @@ def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
         connection.request("GET", "/")
         assert json.loads(connection.getresponse().read()) == {"scheme": "https"}
         connection.close()
+
+
+def test_the_price_list_follows_the_settings_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "hadal.toml"
+    file.write_text("")
+    with Accounts(folder=tmp_path) as accounts:
+        settings = read_settings(file, data=tmp_path)
+        server = room._Server(uvicorn.Config(plain), Service(settings, accounts))
+        for named, counted in (("pro-launch", "pro-launch"), ("no-such-list", "pro-launch"), ("flash-launch",) * 2):
+            file.write_text(f'price_list = "{named}"  # {time.time_ns()}')
+            os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns + 10**9))
+            server._follow_price_list()
+            server._follow_price_list()
+            assert accounts.price_list == counted
+    assert caplog.text.count("no-such-list") == 1
