@@ -1,4 +1,4 @@
-"""The page at `/`: the static files of the package, each held in memory, under a policy that lets no foreign code run."""
+"""The page at `/`: static files of the package, held in memory, under a policy that lets no foreign code run."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ const byTouch = matchMedia("(hover: none)"); // where Enter starts a line, as ke
 const runs = new Map(); // conversation id -> {talk, node, stop, view} while an answer grows
 let talk = fresh();
 let offered = [];
-let perToken = Infinity; // characters per token, as the last answers had it
+let perToken = 4; // characters per token, as the last answer had it; pieces of a stream are no tokens
 
 function fresh() {
   return talks.create({ ...store.recall("defaults", {}), effort: store.recall("effort", "high") });
@@ -88,7 +88,6 @@ async function follow(run, body) {
   const { node } = run;
   const begun = performance.now();
   const since = () => (performance.now() - begun) / 1000;
-  let chunks = 0;
   let saved = begun;
   try {
     for await (const chunk of chat(body, run.stop.signal)) {
@@ -97,7 +96,7 @@ async function follow(run, body) {
       if (length || node.calls) {
         node.times.first ??= since();
         if (node.reasoning && (node.content || node.calls)) node.times.think ??= since() - node.times.first;
-        node.tokens = Math.max(++chunks, Math.round(length / perToken));
+        node.tokens = Math.ceil(length / perToken);
         if (since() > node.times.first + 0.3) node.pace = node.tokens / (since() - node.times.first);
       }
       run.view?.update();
@@ -106,7 +105,7 @@ async function follow(run, body) {
         store.put(run.talk).catch(() => {}); // the save at the end tells what is wrong
       }
     }
-    if (node.usage && !node.calls) perToken = (node.reasoning.length + node.content.length) / node.usage.completion_tokens || Infinity;
+    if (node.usage && !node.calls) perToken = (node.reasoning.length + node.content.length) / node.usage.completion_tokens || 4;
   } catch (error) {
     if (error.name === "AbortError") node.finish = "stopped";
     else if (error instanceof APIError) node.error = { message: error.message, status: error.status, until: Date.now() + error.wait * 1000 };

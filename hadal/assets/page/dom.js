@@ -38,10 +38,10 @@ export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 export const percent = (part) => `${(part * 100).toFixed(part > 0 && part < 0.1 ? 1 : 0)} %`;
 export const rate = (n) => (n >= 100 ? count(n) : n.toFixed(1));
 
-/** Small sums keep two digits that say something. */
+/** Small sums keep the digits that say something. */
 export function money(usd) {
   const n = Number(usd) || 0;
-  return `$${n === 0 || n >= 1 ? n.toFixed(2) : n.toFixed(Math.min(9, 2 - Math.floor(Math.log10(n))))}`;
+  return n > 0 && n < 1e-4 ? "< $0.0001" : `$${n.toFixed(n === 0 || n >= 1 ? 2 : 4)}`;
 }
 
 export function seconds(n) {

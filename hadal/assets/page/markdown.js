@@ -14,6 +14,7 @@ const blank = (line) => !line.trim();
 /** Blocks of `text` in order: {kind, from, lines} with the offset they start at. */
 function blocks(text) {
   const lines = text.split("\n");
+  const heads = (n) => lines[n].includes("|") && lines[n + 1]?.includes("|") && DELIMITERS.test(lines[n + 1]);
   const out = [];
   let offset = 0;
   for (let at = 0; at < lines.length; ) {
@@ -46,12 +47,11 @@ function blocks(text) {
         if (!belongs(lines[next], lines[next - 1])) break;
         end = next + 1;
       }
-    } else if (line.includes("|") && DELIMITERS.test(lines[end] ?? "") && lines[end].includes("-")) {
+    } else if (heads(at)) {
       kind = "table";
       while (lines[end]?.includes("|")) end++;
     } else {
-      const table = (n) => lines[n].includes("|") && lines[n + 1]?.includes("|") && DELIMITERS.test(lines[n + 1]);
-      while (end < lines.length && !blank(lines[end]) && !starts(lines[end]) && !table(end)) end++;
+      while (end < lines.length && !blank(lines[end]) && !starts(lines[end]) && !heads(end)) end++;
     }
     const taken = lines.slice(at, end);
     if (kind) out.push({ kind, from: offset, lines: taken, open: Boolean(fence) && (taken.length < 2 || !closes.test(taken.at(-1))) });

@@ -118,5 +118,5 @@ function reasons(counted) {
   if (!sorted.length) return null;
   const high = sorted[0][1];
   const row = ([name, n]) => h("li", {}, h("span", {}, name.replaceAll("_", " ")), bar(n / high, name), h("span", { class: "quiet" }, compact(n)));
-  return h("ul", { class: "reasons", "aria-label": "Why tokens were or were not found" }, sorted.slice(0, 6).map(row));
+  return [h("p", { class: "quiet" }, "Why the others were not found"), h("ul", { class: "reasons" }, sorted.slice(0, 6).map(row))];
 }

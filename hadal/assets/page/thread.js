@@ -119,7 +119,7 @@ export class Answer {
   tick() {
     const { node } = this;
     const spent = (Date.now() - node.at) / 1000;
-    if (node.reasoning) this.span.textContent = node.times.think ? `Thought for ${seconds(node.times.think)}` : `Thinking, ${seconds(spent - node.times.first)}`;
+    if (node.reasoning) this.span.textContent = node.times.think >= 0 ? `Thought for ${seconds(node.times.think)}` : `Thinking, ${seconds(spent - node.times.first)}`;
     const pace = node.pace > 0 && `${rate(node.pace)} tokens/s`;
     const reading = spent > 2 ? `Reading, ${seconds(spent)}` : "Reading";
     const doing = node.times.first === undefined ? reading : pace || "Writing";
@@ -130,7 +130,7 @@ export class Answer {
     const { node, talk, act } = this;
     this.live = false;
     this.render();
-    if (node.reasoning) this.span.textContent = node.times?.think ? `Thought for ${seconds(node.times.think)}` : "Thinking";
+    if (node.reasoning) this.span.textContent = node.times?.think >= 0 ? `Thought for ${seconds(node.times.think)}` : "Thinking";
     const again = iconButton("again", "Answer again", () => act.again(node));
     this.foot.replaceChildren(
       ...[node.error && this.error(node.error), summary(node) && h("p", { class: "quiet" }, summary(node))].filter(Boolean),
@@ -178,12 +178,12 @@ function pretty(text) {
 const ENDS = { length: "cut at the token limit", stopped: "stopped", content_filter: "withheld by the filter" };
 
 /** What an answer took, in one line. */
-function summary({ usage, times = {}, finish, tokens }) {
+function summary({ usage, times = {}, finish, tokens, content, reasoning, calls }) {
   const made = usage?.completion_tokens ?? tokens;
   const writing = times.total - times.first;
   const hit = usage?.prompt_cache_hit_tokens;
   return [
-    ENDS[finish],
+    ENDS[finish] ?? (finish && reasoning && !content && !calls && "thought, but gave no answer"),
     made > 0 && `${usage ? "" : "≈ "}${plural(made, "token")}`,
     times.first !== undefined && `first after ${times.first.toFixed(2)} s`,
     made > 1 && writing > 0 && `${rate((made - 1) / writing)} tokens/s`,
