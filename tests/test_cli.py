@@ -51,7 +51,8 @@ def test_hadal_offers_its_names_and_no_others() -> None:
 
 def test_verbs_are_exactly_those_that_work() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"serve", "chat", "generate", "inspect", "convert", "verify", "bench", "train", "doctor"}
+    assert names == {"serve", "chat", "generate", "inspect", "convert", "verify", "bench", "train", "doctor", "usage"}
+    assert [group.name for group in app.registered_groups] == ["keys"]
 
 
 def test_bench_measures_what_it_is_asked_for(model: str) -> None:
