@@ -320,3 +320,20 @@ def test_prompts_that_find_the_queue_full_leave_nothing_behind() -> None:
         llm.generate(["a b", "c d", "e f"], SamplingParams(max_tokens=2))
     assert not llm.busy
     assert len(llm.generate(["a b", "c d"], SamplingParams(max_tokens=2))) == 2
+
+
+def test_outputs_have_the_log_probabilities_of_their_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=2, max_tokens=1, prompt_logprobs=2)
+    (output,) = llm.generate("plain ", params)
+    entries, tokens = output.prompt_logprobs, output.prompt_token_ids
+    assert entries is not None and entries[0] is None and len(entries) == len(tokens)
+    for token, entry in zip(tokens[1:], entries[1:], strict=True):
+        assert entry is not None and next(iter(entry)) == token and 2 <= len(entry) <= 3
+        assert entry[token].decoded_token == llm.tokenizer.decode([token])
+    assert llm.generate("plain ", GREEDY)[0].prompt_logprobs is None
+
+
+def test_requests_know_whose_they_are_and_how_urgent(llm: LLM) -> None:
+    made = llm.prepare_prompt("plain", SamplingParams(n=2), tenant="a", priority=3)
+    made += llm.prepare_chat(ask("plain"), GREEDY, tenant="a", priority=3)
+    assert [(g.request.tenant, g.request.priority) for g in made] == [("a", 3)] * 3

@@ -16,6 +16,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_SCORES = 1 << 20  # log-probabilities of a prompt, some 200 bytes each
 MAX_SCHEMA = 128 * 1024  # bytes of a JSON schema
 MAX_GRAMMAR = 64 * 1024  # bytes of a regular expression, of a Lark grammar, or of all choices together
 
@@ -93,7 +94,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `max_tokens` None means up to the end
     of the context. `seed` None draws a fresh one for each request. `logprobs` N asks for the chosen token and the N
     likeliest, `prompt_logprobs` N for the same of each prompt token but the first. `stop` strings end the text in front
-    of them; they are matched where text exists, above the engine. `structured` says what the answer must be.
+    of them; they are matched where text exists, above the engine. `structured` says what the answer must be;
+    log-probabilities are then those among the tokens that it allows.
     """
 
     n: int = 1
@@ -163,6 +165,11 @@ def check_prompt(prompt_ids: Sequence[int], params: SamplingParams, vocabulary: 
     for i in (min(prompt_ids), max(prompt_ids)):
         if not 0 <= i < vocabulary:
             raise RequestError(f"token id {i} lies outside the vocabulary of {vocabulary}", "prompt")
+    if params.prompt_logprobs is not None and len(prompt_ids) * (params.prompt_logprobs + 1) > MAX_SCORES:
+        raise RequestError(
+            f"`prompt_logprobs` asks for more than {MAX_SCORES} log-probabilities; ask for fewer or shorten the prompt",
+            "prompt_logprobs",
+        )
     for i in params.stop_token_ids or ():
         if i >= vocabulary:
             raise RequestError(f"stop token id {i} lies outside the vocabulary of {vocabulary}", "stop_token_ids")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from hadal.engine import RequestError, SamplingParams
+from hadal.engine import Engine, RequestError, SamplingParams, StructuredOutput
+from tests.engine.fake_model import FakeModel
 
 
 @pytest.mark.parametrize(
@@ -13,6 +16,7 @@ from hadal.engine import RequestError, SamplingParams
         ("seed", 2**64), ("seed", "x"),
         ("stop", 5), ("stop", [""]), ("stop_token_ids", 5), ("stop", ["a"] * 17), ("stop_token_ids", [-1]),
         ("logprobs", 21), ("logprobs", True), ("ignore_eos", 1),
+        ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("structured", {"json_object": True}),
     ],
 )  # fmt: skip
 def test_out_of_range_parameters_are_refused_by_name(field: str, value: object) -> None:
@@ -29,3 +33,22 @@ def test_unknown_parameters_are_refused() -> None:
 def test_a_single_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"regex": "a", "json_object": True}, {"regex": ""}, {"choice": []}, {"choice": ["a", 3]}, {"grammar": 3},
+     {"json_schema": [1]}, {"json_schema": {"a": float("nan")}}, {"json_object": 1}, {"regex": "a" * 70_000},
+     {"json_schema": {"a": "x" * 140_000}}, {"regex": "\ud800"}],
+    ids=lambda f: str(f)[:40],
+)  # fmt: skip
+def test_what_is_no_form_is_refused(fields: Any) -> None:
+    with pytest.raises(RequestError):
+        StructuredOutput(**fields)
+
+
+def test_more_log_probabilities_of_a_prompt_than_memory_is_meant_for_are_refused() -> None:
+    engine = Engine(FakeModel(context=60_000))
+    with pytest.raises(RequestError, match="ask for fewer or shorten"):
+        engine.prepare([5] * 50_000, SamplingParams(prompt_logprobs=20))
+    engine.prepare([5] * 50_000, SamplingParams(prompt_logprobs=19))
