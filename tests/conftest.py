@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # helpers of the run inherit the folder, so kernels are compiled once
         folder = tempfile.mkdtemp(prefix="hadal-tests-")
         os.environ["HADAL_CACHE"] = folder
+        os.environ["HADAL_DATA"] = f"{folder}/data"  # nothing may come into the user's own
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by default")
 

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from hadal import __version__
+import hadal
 from hadal.accounts import PRICE_LIST, Accounts
 from hadal.plan.price import PriceBook
 from hadal.server import anthropic, batches, catalog, chat, completions, files, health, metrics, page, responses
@@ -44,7 +44,7 @@ def create_app(
         service.accounts.close()
 
     # No pages of FastAPI's own: they load their scripts from elsewhere.
-    app = FastAPI(title="Hadal", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Hadal", version=hadal.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hadal import __version__
+import hadal
 from hadal.llm import CompletionOutput, Delta
 from hadal.server.errors import APIError
 from hadal.server.logprobs import chat_logprobs, prompt_logprobs
 from hadal.server.thinking import Thinking
 from hadal.server.wire import COMMENT, Context, Event, Usage
 
-FINGERPRINT = f"fp_hadal_{__version__}"
+FINGERPRINT = f"fp_hadal_{hadal.__version__}"
 
 
 class ChatWire:

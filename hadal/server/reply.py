@@ -112,7 +112,7 @@ class Reply(Response):
 def _headers(seat: Seat) -> dict[str, str]:
     """What was understood is echoed: the thinking in effect, and parameters that have no effect."""
     ask = seat.ask
-    headers = {"x-hadal-request": seat.visit.id}
+    headers: dict[str, str] = {}
     if ask.messages is not None:
         headers["x-hadal-thinking"] = ask.effort if ask.thinking else "disabled"
     if ask.ignored:
