@@ -45,8 +45,11 @@ Value = Tensor | PackedWeight | Sequence[Tensor | PackedWeight]
 _sources: WeakKeyDictionary[nn.Module, Checkpoint] = WeakKeyDictionary()
 
 
-def locate_model(name: str | Path) -> Path:
-    """The directory of a model: "nano" (embedded), a path, or a Hub repository id, which is downloaded if need be."""
+def locate_model(name: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a model: "nano" (embedded), a path, or a Hub repository id, which is downloaded if need be.
+
+    What is downloaded has `weights` or not.
+    """
     if str(name) == EMBEDDED:
         return Path(str(importlib.resources.files("hadal").joinpath("assets", EMBEDDED)))
     path = Path(name).expanduser()
@@ -58,7 +61,7 @@ def locate_model(name: str | Path) -> Path:
         raise CheckpointError(
             f"no model {str(name)!r}: neither a directory, nor owner/name of a Hub repository, nor 'nano'"
         )
-    return _download(str(name))
+    return _download(str(name), weights)
 
 
 def load_model(
@@ -238,12 +241,13 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_PATTERNS))
+        patterns = [pattern for pattern in HUB_PATTERNS if weights or "safetensors" not in pattern]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

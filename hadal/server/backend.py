@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from hadal.engine import EngineBusy
 from hadal.llm import LLM, Delta, Generation
 from hadal.server.ask import Ask
+from hadal.server.errors import APIError
 from hadal.text import Tokenizer
 
 _log = logging.getLogger("hadal.server")
@@ -67,6 +68,7 @@ class Ticket:
     def __init__(self, generations: Sequence[Generation], abort: Callable[[Ticket], None]) -> None:
         self.generations = generations
         self.open = len(generations)  # answers whose last delta has not been taken
+        self.failure: APIError | None = None  # what a last delta with finish reason "error" stands for
         self._abort = abort
         self._parts: list[tuple[int, Delta]] = []
         self._arrived = asyncio.Event()
@@ -85,7 +87,8 @@ class Ticket:
         if not self._parts:
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for may lose a cancellation when both come together
+                    await self._arrived.wait()
             except TimeoutError:
                 return []
         parts, self._parts = self._parts, []
@@ -112,6 +115,21 @@ def join(a: Delta, b: Delta) -> Delta | None:
         token_ids=a.token_ids + b.token_ids,
         logprobs=a.logprobs + b.logprobs,
     )
+
+
+def prepare(llm: LLM, ask: Ask, tenant: str) -> list[Generation]:
+    """The answers-to-be of `llm` to what is asked; a ValueError of the room concerned says what cannot be served."""
+    options: dict[str, Any] = {"tenant": tenant, "priority": ask.priority}
+    params = llm.default_params(**ask.sampling)
+    if ask.messages is not None:
+        effort = ask.effort if ask.effort in llm.efforts else "high"  # rules without "low" start at "high"
+        return llm.prepare_chat(
+            list(ask.messages), params, thinking=ask.thinking, reasoning_effort=effort,
+            tools=ask.tools or None, tool_choice=ask.tool_choice, **options,
+        )  # fmt: skip
+    if ask.suffix is not None:
+        return [g for p in ask.prompts for g in llm.prepare_infill(str(p), ask.suffix, params, **options)]
+    return [g for p in ask.prompts for g in llm.prepare_prompt(p, params, **options)]
 
 
 class LocalBackend:
@@ -145,17 +163,7 @@ class LocalBackend:
 
     def prepare(self, ask: Ask, tenant: str) -> list[Generation]:
         """The answers-to-be; a ValueError of the room concerned says what cannot be served."""
-        llm, options = self.llm, {"tenant": tenant, "priority": ask.priority}
-        params = llm.default_params(**ask.sampling)
-        if ask.messages is not None:
-            effort = ask.effort if ask.effort in llm.efforts else "high"  # rules without "low" start at "high"
-            return llm.prepare_chat(
-                list(ask.messages), params, thinking=ask.thinking, reasoning_effort=effort,
-                tools=ask.tools or None, tool_choice=ask.tool_choice, **options,
-            )  # fmt: skip
-        if ask.suffix is not None:
-            return [g for p in ask.prompts for g in llm.prepare_infill(p, ask.suffix, params, **options)]
-        return [g for p in ask.prompts for g in llm.prepare_prompt(p, params, **options)]
+        return prepare(self.llm, ask, tenant)
 
     def start(self) -> None:
         """Begin stepping."""

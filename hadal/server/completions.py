@@ -60,6 +60,7 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=20)
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=MOST_TOKENS)
     best_of: int | None = Field(None, ge=1)
+    return_tokens_as_token_ids: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionBody:
@@ -109,7 +110,10 @@ class CompletionWire:
         self._context = context
         self._body = body
         self._begun = [False] * len(context.generations)
-        self._logprobs = [CompletionLogprobs(body.logprobs or 0, context.tokenizer) for _ in context.generations]
+        as_ids = body.return_tokens_as_token_ids
+        self._logprobs = [
+            CompletionLogprobs(body.logprobs or 0, context.tokenizer, as_ids) for _ in context.generations
+        ]
 
     def opening(self) -> list[Event]:
         """Nothing: every chunk has text, or an end."""

@@ -40,25 +40,31 @@ def prompt_logprobs(entries: Sequence[Entry | None], tokenizer: Tokenizer) -> li
 
 
 class CompletionLogprobs:
-    """OpenAI's four lists, token by token; offsets count characters from the start of the first token's text."""
+    """OpenAI's four lists, token by token; offsets count characters from the start of the first token's text.
 
-    def __init__(self, top: int, tokenizer: Tokenizer) -> None:
-        self._top = top
+    With `as_ids` tokens are spelled as vLLM spells ids, since texts of different tokens may look alike.
+    """
+
+    def __init__(self, top: int, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self._top, self._as_ids = top, as_ids
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._offset = 0
 
     def lists(self, ids: Sequence[int], entries: Sequence[Entry | None]) -> dict[str, list[Any]]:
         """The lists for the next tokens."""
-        spell, out = self._tokenizer.decode, _empty()
+        out = _empty()
         for i, entry in zip(ids, entries, strict=True):
-            out["tokens"].append(spell([i]))
+            out["tokens"].append(self._spell(i))
             out["token_logprobs"].append(None if entry is None else _floor(entry[i]))
-            best = None if entry is None else {spell([k]): _floor(entry[k]) for k in _likeliest(entry, self._top)}
+            best = None if entry is None else {self._spell(k): _floor(entry[k]) for k in _likeliest(entry, self._top)}
             out["top_logprobs"].append(best)
             out["text_offset"].append(self._offset)
             self._offset += len(self._decoder.feed([i]))
         return out
+
+    def _spell(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self._tokenizer.decode([token])
 
 
 def join_lists(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:

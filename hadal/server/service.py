@@ -203,7 +203,8 @@ class Service:
                 if delta.token_ids:
                     visit.saw(len(delta.token_ids))
                 if delta.finish_reason == "error":
-                    raise APIError(500, delta.error or "the engine failed on this request", code="engine_error")
+                    told = delta.error or "the engine failed on this request"
+                    raise ticket.failure or APIError(500, told, code="engine_error")
                 if delta.finish_reason == "abort":
                     raise APIError.closing()
                 if delta.finish_reason is not None and index == 0:

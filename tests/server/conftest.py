@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from hadal.accounts import Accounts
 from hadal.llm import LLM
 from hadal.server import create_app
-from hadal.server.backend import LocalBackend
+from hadal.server.backend import Backend, LocalBackend
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from tests.fakes import scripted_llm
@@ -54,7 +54,7 @@ class Running:
 
 @contextmanager
 def running(
-    llm: LLM,
+    llm: LLM | Backend,
     *,
     accounts: Accounts | None = None,
     prepare: Callable[[FastAPI], None] = lambda app: None,
@@ -64,7 +64,8 @@ def running(
     with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         chosen = Settings(**{"model": llm.name, "data": Path(folder)} | settings)
-        app = create_app(LocalBackend(llm), chosen, accounts or Accounts(folder=Path(folder)))
+        backend = LocalBackend(llm) if isinstance(llm, LLM) else llm
+        app = create_app(backend, chosen, accounts or Accounts(folder=Path(folder)))
         prepare(app)
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
@@ -73,7 +74,7 @@ def running(
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", llm, app.state.service)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", cast(LLM, llm), app.state.service)
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
