@@ -38,7 +38,7 @@ def read_line(raw: bytes, endpoint: str, limit: int) -> Line:
     try:
         line = Line.model_validate_json(raw)
     except ValidationError as error:
-        wrong = validation_error(error.errors(include_url=False))
+        wrong = validation_error([{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)])
         if wrong.status == 400:
             message = wrong.message.replace("the body", "the line", 1)
             raise APIError(400, message, code="invalid_json_line") from None

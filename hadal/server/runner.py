@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from hadal.server.service import Seat, Service
 from hadal.server.settings import Settings
 from hadal.server.store import KINDS, Store, made_id, on_disk
 from hadal.server.visit import Caller, Visit
-from hadal.server.wire import MakeWire
+from hadal.server.wire import MakeWire, Wire
 
 _log = logging.getLogger("hadal.server")
 PRIORITY = -100  # below everybody who waits for an answer
@@ -71,6 +72,7 @@ class _Run:
     end: tuple[str, APIError] | None = None  # the status it ends with early, and why its other lines have no answer
     feeding: bool = False
     told: tuple[int, int] = (0, 0)  # the counts that the database has
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # one line at a time goes to the door
     made: Made = field(init=False)
     task: asyncio.Task[None] = field(init=False)
 
@@ -89,8 +91,8 @@ class Batches:
         self.store = Store(service.settings)
         self._runs: dict[str, _Run] = {}
         self._wake = asyncio.Event()
-        self._slots = asyncio.Semaphore(_IN_FLIGHT)
-        self._door = asyncio.Lock()
+        self._door = asyncio.Lock()  # runs take turns at it
+        self._flying = 0
         self._disk = ThreadPoolExecutor(1, "hadal-batches")  # one thread, so that what is written has an order
         self._keys: dict[str, Key] = {}
         self._task: asyncio.Task[None] | None = None
@@ -131,10 +133,9 @@ class Batches:
                     _log.warning("batches wait: %s", error)
                 except Exception:
                     _log.exception("batches wait")
-                try:
-                    await asyncio.wait_for(self._wake.wait(), _LOOK_SECONDS)
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_SECONDS):  # wait_for may lose a cancellation
+                        await self._wake.wait()
         finally:
             if lock is not None:
                 os.close(lock)
@@ -245,8 +246,7 @@ class Batches:
         tries = 0
         while not self.service.draining:
             try:
-                async with self._slots:
-                    body = await self._answer(run, id, line.body)
+                body = await self._answer(run, id, line.body)
             except APIError as error:
                 tries += error.status == 500
                 if self.service.draining:
@@ -269,20 +269,34 @@ class Batches:
         try:
             ask, make = await asyncio.to_thread(self._read, run.row.endpoint, given)
             visit = Visit("batch", Caller(run.key), batch=run.row.id, id=id)
-            async with self._door:
+            async with run.turn, self._door:
                 await self._room()
                 seat = await _admit(service, visit, ask)
+            self._flying += 1
             try:
-                return await service.whole(seat, make(seat.context))
+                return await self._whole(seat, make(seat.context))
             except BaseException as error:
                 visit.id = uuid.uuid4().hex  # the row of an attempt must not stand in the way of the answer's
                 service.leave(seat, error if isinstance(error, APIError) else None)
                 raise
+            finally:
+                self._flying -= 1
         except APIError:
             raise
         except Exception as error:
             _log.exception("a line of batch %s failed", run.row.id)
             raise APIError(500, "the server failed on this request; see its log") from error
+
+    async def _whole(self, seat: Seat, wire: Wire) -> dict[str, Any]:
+        """The service's `whole`, which can be cancelled until its row is on its way: what is paid for is kept."""
+        answering = asyncio.ensure_future(self.service.whole(seat, wire))
+        try:
+            return await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            if seat.visit.usage is not None:
+                return await answering
+            answering.cancel()
+            raise
 
     def _read(self, endpoint: str, given: dict[str, Any]) -> tuple[Ask, MakeWire]:
         try:
@@ -301,7 +315,7 @@ class Batches:
         while not service.draining:
             if service.loaded and service.accounts.healthy:
                 load = service.backend.load
-                if not load.full and load.waiting == 0:
+                if not load.full and load.waiting == 0 and self._flying < _IN_FLIGHT:
                     return
             await asyncio.sleep(_ROOM_SECONDS)
         raise APIError.closing()
@@ -341,7 +355,7 @@ class Batches:
                 run.made.append("error", line_id(run.row.id, number), line, sync=False)
 
     async def _on_disk(self, what: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, what)
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._disk, what))
 
 
 async def _admit(service: Service, visit: Visit, ask: Ask) -> Seat:
@@ -350,6 +364,7 @@ async def _admit(service: Service, visit: Visit, ask: Ask) -> Seat:
     try:
         return await asyncio.shield(admitting)
     except asyncio.CancelledError:
+        visit.id = uuid.uuid4().hex
         admitting.add_done_callback(
             lambda done: None if done.cancelled() or done.exception() else service.leave(done.result())
         )

@@ -114,7 +114,7 @@ def test_a_clients_name_never_becomes_a_path(server: Running, folder: Path, name
         assert {p for p in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("id", ["../hadal.db", "..%2Fhadal.db", "%2e%2e%2fhadal.db", "file-x/../../hadal.db", "*", "%00"])
+@pytest.mark.parametrize("id", ["../hadal.db", "..%2Fhadal.db", "%2e%2e%2fhadal.db", "x/../../hadal.db", "*", "%00"])
 def test_an_id_is_looked_up_and_never_opened(server: Running, id: str) -> None:
     for path in (f"/v1/files/{id}", f"/v1/files/{id}/content", f"/files/{id}/content"):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
@@ -132,6 +132,7 @@ def test_any_name_becomes_a_plain_one(name: str) -> None:
 
 FILE = part("file", b"abc", "a.jsonl")
 PURPOSE = part("purpose", b"batch")
+ANCHOR = part("expires_after[anchor]", b"created_at")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +147,12 @@ PURPOSE = part("purpose", b"batch")
         ([PURPOSE, FILE, part("color", b"r" * 5000)], 422, b"color"),
         ([PURPOSE, part("file", b"abc")], 422, b"`file`"),
         ([PURPOSE, part("purpose", b"x", "x")], 422, b"purpose"),
-        ([PURPOSE, FILE, part("expires_after[anchor]", b"created_at")], 422, b"expires_after.seconds"),
-        ([PURPOSE, FILE, part("expires_after[anchor]", b"created_at"), part("expires_after[seconds]", b"9")], 422, b"3600"),
+        ([PURPOSE, FILE, ANCHOR], 422, b"expires_after.seconds"),
+        (
+            [PURPOSE, FILE, ANCHOR, part("expires_after[seconds]", b"9")],
+            422,
+            b"3600",
+        ),
         ([PURPOSE, part("file", b"x" * 100_001, "a")], 413, b"100,000"),
         ([b"no header at all"], 400, b"multipart"),
     ],
@@ -178,9 +183,7 @@ def test_a_client_that_leaves_leaves_nothing(server: Running, folder: Path) -> N
     wait_until(lambda: not kept(folder))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
-    server: Running, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_and_leaves_nothing(server: Running, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -228,7 +231,13 @@ def test_files_go_when_their_time_has_come_but_not_under_a_batch(tmp_path: Path)
         ids = []
         (tmp_path / "files").mkdir()
         for expires in (None, 1_000_100, 1_000_100):
-            row = store.stamp("file-") | {"key": "", "purpose": "batch", "filename": "a", "bytes": 1, "expires": expires}
+            row = store.stamp("file-") | {
+                "key": "",
+                "purpose": "batch",
+                "filename": "a",
+                "bytes": 1,
+                "expires": expires,
+            }
             store.add(tables.files, row, 10, "files")
             store.path(row["id"]).write_bytes(b"x")
             ids.append(row["id"])
