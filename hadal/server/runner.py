@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.engine import Row
 
 from hadal.accounts import Key
+from hadal.server.anthropic import MessagesRequest
 from hadal.server.ask import Ask
 from hadal.server.chat import ChatBody
 from hadal.server.completions import CompletionBody
@@ -60,6 +61,8 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/anthropic/v1/messages": MessagesRequest,
 }
 
 

@@ -20,6 +20,12 @@ from tests.server.conftest import Running, running
 from tests.server.test_files import connect, wait_until
 
 CHAT = "/v1/chat/completions"
+MESSAGES = {
+    "model": "scripted",
+    "max_tokens": 50,
+    "messages": [{"role": "user", "content": "cat"}],
+    "thinking": {"type": "disabled"},
+}
 SCRIPT: dict[str, str | None] = {"cat": "meow", "dog": "woof woof", "broken": None, "long": "one. two. three. " * 4}
 
 
@@ -129,11 +135,16 @@ def test_answers_and_errors_come_in_files_of_their_own(client: openai.OpenAI, fo
     [
         ("/v1/completions", {"model": "scripted", "prompt": "cat"}, ["choices", 0, "text"]),
         ("/v1/responses", {"model": "scripted", "input": "cat"}, ["object"]),
+        ("/anthropic/v1/messages", MESSAGES, ["content", 0, "text"]),
+        ("/v1/messages", MESSAGES, ["content", 0, "text"]),
     ],
 )
 def test_other_apis_have_batches_too(client: openai.OpenAI, endpoint: str, body: Any, text: list[Any]) -> None:
     line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
-    done = ended(client, begin(client, line, endpoint=endpoint).id)
+    wrong = line | {"custom_id": "b", "body": {"model": "scripted"}}
+    done = ended(client, begin(client, line, wrong, endpoint=endpoint).id)
+    error = read(client, done.error_file_id)["b"]["response"]["body"]
+    assert ("type" in error) == ("messages" in endpoint) and "missing" in error["error"]["message"]
     found = read(client, done.output_file_id)["a"]["response"]["body"]
     for step in text:
         found = found[step]
