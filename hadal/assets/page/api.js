@@ -25,8 +25,8 @@ async function request(path, { body, ...options } = {}) {
   if (body) headers["content-type"] = "application/json";
   let response;
   try {
-    const method = body ? "POST" : "GET";
-    response = await fetch(path, { method, ...options, headers, body: body && JSON.stringify(body), cache: "no-store" });
+    const sent = body && { method: "POST", body: JSON.stringify(body) };
+    response = await fetch(path, { ...options, ...sent, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new APIError("The server cannot be reached. Check that it runs and that this device is connected to it.");

@@ -8,10 +8,9 @@ import { openSettings } from "./settings.js";
 import { drawer, list } from "./sidebar.js";
 import { watch } from "./status.js";
 import { showThread, toEnd } from "./thread.js";
-import { $, announce, h, notice, plural } from "./dom.js";
+import { $, announce, button, h, notice, plural, sends } from "./dom.js";
 
 const SAVE_EVERY = 2000; // milliseconds, while an answer grows
-const byTouch = matchMedia("(hover: none)"); // where Enter starts a line, as keyboards on glass do
 const runs = new Map(); // conversation id -> {talk, node, stop, view} while an answer grows
 let talk = fresh();
 let offered = [];
@@ -23,11 +22,17 @@ function fresh() {
 
 const model = () => offered.find((it) => it.id === $("model").value) ?? offered[0];
 
-/** Draws everything that depends on the conversation. */
+/** Draws the conversation and all that depends on it. */
 function draw() {
   const run = runs.get(talk.id);
   const view = showThread(talk, run?.node, act);
   if (run) run.view = view;
+  frame();
+}
+
+/** Draws what stands around the messages. */
+function frame() {
+  const run = runs.get(talk.id);
   document.body.classList.toggle("busy", Boolean(run));
   document.body.classList.toggle("blank", talk.leaf === null);
   $("stop").hidden = !run;
@@ -76,11 +81,14 @@ async function answer() {
   clearInterval(clock);
   runs.delete(asked.id);
   if (talk === asked) {
-    draw();
+    run.view.finish(talks.openCalls(talk));
+    frame();
     toEnd();
-    $("thread").querySelector("[data-result]")?.focus();
+    const lost = document.activeElement === document.body && !matchMedia("(hover: none)").matches;
+    ($("thread").querySelector("[data-result]") ?? (lost && $("prompt")))?.focus?.();
   }
-  if (!node.error) announce(`The answer is complete, ${plural(node.usage?.completion_tokens ?? node.tokens ?? 0, "token")}.`);
+  const made = node.usage?.completion_tokens ?? node.tokens ?? 0;
+  if (!node.error) announce(`The answer is complete, ${plural(made, "token")}.`);
   if (!run.gone) await save(asked);
 }
 
@@ -105,11 +113,13 @@ async function follow(run, body) {
         store.put(run.talk).catch(() => {}); // the save at the end tells what is wrong
       }
     }
-    if (node.usage && !node.calls) perToken = (node.reasoning.length + node.content.length) / node.usage.completion_tokens || 4;
+    const characters = node.reasoning.length + node.content.length;
+    if (node.usage && !node.calls) perToken = characters / node.usage.completion_tokens || 4;
   } catch (error) {
-    if (error.name === "AbortError") node.finish = "stopped";
-    else if (error instanceof APIError) node.error = { message: error.message, status: error.status, until: Date.now() + error.wait * 1000 };
-    else node.error = { message: `This page failed on the answer: ${error.message}`, status: 0 };
+    const { name, message, status = 0, wait = 0 } = error;
+    const told = error instanceof APIError ? message : `This page failed on the answer: ${message}`;
+    if (name === "AbortError") node.finish = "stopped";
+    else node.error = { message: told, status, until: Date.now() + wait * 1000 };
     if (node.finish !== "tool_calls") delete node.calls; // a call that broke off asks for nothing
   }
   node.times.total = since();
@@ -172,15 +182,14 @@ $("composer").addEventListener("submit", (event) => {
     notice("The model waits for the result of its tool call; give it first.");
     return waiting.focus();
   }
-  const said = take();
-  if (!said) return;
-  talks.add(talk, { role: "user", ...said });
+  if (isEmpty()) return;
+  talks.add(talk, { role: "user", ...take() });
   history.replaceState(null, "", `#talk=${talk.id}`);
   answer();
 });
 $("stop").onclick = () => runs.get(talk.id)?.stop.abort();
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !byTouch.matches) {
+  if (sends(event)) {
     event.preventDefault();
     $("composer").requestSubmit();
   } else if (event.key === "ArrowUp" && isEmpty() && !runs.has(talk.id)) {
@@ -200,17 +209,15 @@ $("new").onclick = () => {
   if (location.hash) location.hash = "";
   else begin();
 };
-$("theme").onclick = () => {
-  const order = ["auto", "light", "dark"];
-  const next = order[(order.indexOf(document.documentElement.dataset.theme) + 1) % 3];
-  localStorage.setItem("hadal.theme", (document.documentElement.dataset.theme = next));
-  nameTheme();
-};
-function nameTheme() {
-  const label = `Theme: ${{ auto: "as the system", light: "light", dark: "dark" }[document.documentElement.dataset.theme]}`;
-  $("theme").title = label;
-  $("theme").setAttribute("aria-label", label);
+const THEMES = { auto: "as the system", light: "light", dark: "dark" };
+function wear(theme) {
+  localStorage.setItem("hadal.theme", (document.documentElement.dataset.theme = theme));
+  $("theme").title = `Theme: ${THEMES[theme]}`;
 }
+$("theme").onclick = () => {
+  const names = Object.keys(THEMES);
+  wear(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
+};
 
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && document.body.classList.contains("drawer")) {
@@ -275,17 +282,15 @@ async function meet() {
     choose();
     $("hello").textContent = `${model().id}, with room for ${plural(model().context_length, "token")}.`;
   } catch (error) {
-    const again = h("button", { type: "button", class: "main", onclick: meet }, "Try again");
-    const enter = h("button", { type: "button", class: "main", onclick: act.key }, "Enter a key");
-    $("hello").replaceChildren(error.message, " ", error.status === 401 ? enter : again);
+    const remedy = error.status === 401 ? button("Enter a key", act.key, ".main") : button("Try again", meet, ".main");
+    $("hello").replaceChildren(error.message, " ", remedy);
   }
 }
 function choose() {
-  $("model").title = "Model";
   measure({ model: model()?.id, length: model()?.context_length ?? 0 });
 }
 $("model").onchange = choose;
 
-nameTheme();
+wear(document.documentElement.dataset.theme);
 meet();
 await route();

@@ -1,4 +1,4 @@
-// Where a message is written: its text, its files, how hard to think, and how much of the context it takes.
+// Where a message is written: its text, its files, and how much of the context it takes.
 
 import { countTokens } from "./api.js";
 import { usedTokens, withFiles } from "./talk.js";
@@ -8,9 +8,9 @@ import { fileChip } from "./thread.js";
 const LARGEST = 32 * 2 ** 20; // bytes of one file
 const ROUGHLY = 3.5; // characters per token where the server cannot be asked
 const prompt = $("prompt");
+const context = { model: null, length: 0, talk: null };
 let files = [];
 let draft = 0; // tokens of what stands in the field
-let context = { model: null, length: 0, talk: null };
 
 /** What the meter measures against. */
 export function measure(changes) {
@@ -18,18 +18,17 @@ export function measure(changes) {
   meter();
 }
 
+export const isEmpty = () => !prompt.value.trim() && !files.length;
+
+/** The message, which leaves the field. */
 export function take() {
   const taken = { content: prompt.value.trim(), files };
-  if (!taken.content && !files.length) return null;
   prompt.value = "";
   files = [];
   drawFiles();
   fit();
   return taken;
 }
-
-/** Puts a message back that could not be sent. */
-export const isEmpty = () => !prompt.value && !files.length;
 
 async function tokensOf(text) {
   try {
@@ -39,11 +38,11 @@ async function tokensOf(text) {
   }
 }
 
-export async function addFiles(list) {
+async function addFiles(list) {
   for (const file of list) {
     const text = file.size <= LARGEST ? await file.text() : "";
     if (!text) notice(file.size ? `${file.name} is larger than 32 MiB; give a part of it.` : `${file.name} is empty.`);
-    else if (text.includes("\0") || text.includes("�")) notice(`${file.name} is not text in UTF-8; save it as text first.`);
+    else if (/[\0\uFFFD]/.test(text)) notice(`${file.name} is not text in UTF-8; save it as text first.`);
     else {
       const added = { name: file.name, text, tokens: 0 };
       files.push(added);
@@ -56,8 +55,13 @@ export async function addFiles(list) {
 }
 
 function drawFiles() {
-  const drop = (file) => iconButton("close", `Remove ${file.name}`, () => ((files = files.filter((other) => other !== file)), drawFiles(), prompt.focus()));
-  $("files").replaceChildren(...files.map((file) => fileChip(file, drop(file))));
+  const drop = (file) => () => {
+    files = files.filter((other) => other !== file);
+    drawFiles();
+    prompt.focus();
+  };
+  const chips = files.map((file) => fileChip(file, iconButton("close", `Remove ${file.name}`, drop(file))));
+  $("files").replaceChildren(...chips);
   $("files").hidden = !files.length;
   meter();
 }
@@ -72,8 +76,7 @@ prompt.addEventListener("input", () => {
   fit();
   clearTimeout(counting);
   counting = setTimeout(async () => {
-    const text = prompt.value;
-    draft = text ? (await tokensOf(text)).tokens : 0;
+    draft = prompt.value ? (await tokensOf(prompt.value)).tokens : 0;
     meter();
   }, 400);
 });
@@ -81,35 +84,35 @@ prompt.addEventListener("input", () => {
 /** The context as a bar with its number, and as a depth on the sounding line at the side. */
 function meter() {
   if (!prompt.value) draft = 0;
-  const used = context.talk ? usedTokens(context.talk) : 0;
+  const { length, talk } = context;
+  const used = talk ? usedTokens(talk) : 0;
   const wanted = used + draft + files.reduce((sum, file) => sum + file.tokens, 0);
-  const { length } = context;
-  const over = length && wanted > length;
+  const over = length > 0 && wanted > length;
   const share = (n) => `${length ? Math.min(100, (100 * n) / length) : 0}%`;
-  const text = !length ? count(wanted) : over ? `${compact(wanted - length)} too many` : `${compact(wanted)} / ${compact(length)}`;
+  const told = `${count(wanted)} of ${count(length)} tokens${over ? ", too many" : ""}`;
+  const now = { valuemax: length || 1, valuenow: Math.min(wanted, length || 1), valuetext: told };
+  for (const [name, value] of Object.entries(now)) $("meter").setAttribute(`aria-${name}`, value);
   $("meter").classList.toggle("over", over);
-  $("meter").setAttribute("aria-valuemax", length || 1);
-  $("meter").setAttribute("aria-valuenow", Math.min(wanted, length || 1));
-  $("meter").setAttribute("aria-valuetext", `${count(wanted)} of ${count(length)} tokens${over ? ", too many" : ""}`);
-  $("meter").title = `${count(wanted)} of ${count(length)} tokens of context`;
-  $("meter-text").textContent = text;
+  $("meter").title = told;
+  const short = over ? `${compact(wanted - length)} too many` : `${compact(wanted)} / ${compact(length)}`;
+  $("meter-text").textContent = short;
   $("meter-used").style.width = share(used);
   $("meter-draft").style.width = share(wanted - used);
   sound(used, wanted, length);
 }
 
-/** Depth on a line whose marks are powers of ten: the sea's charts have such scales, for most happens near the top. */
+/** Depth on a line whose marks are powers of ten, as most happens near the top. */
 function sound(used, wanted, length) {
-  const depth = (n) => (length && n > 10 ? Math.min(100, (100 * Math.log(n / 10)) / Math.log(length / 10)) : 0);
-  const marks = [];
-  for (let mark = 100; mark < length * 0.8; mark *= 10) marks.push([mark, depth(mark)]);
-  if (length) marks.push([length, 100]);
+  const depth = (n) => `${length && n > 10 ? Math.min(100, (100 * Math.log(n / 10)) / Math.log(length / 10)) : 0}%`;
+  const marks = [100, 1e3, 1e4, 1e5, 1e6].filter((mark) => mark < length * 0.8).concat(length || []);
+  const line = (kind, from, to, reach = 0) => s(`line.${kind}`, { x1: 38 - reach, x2: 38 + reach, y1: from, y2: to });
   $("sounding").replaceChildren(
-    s("line", { x1: 38, x2: 38, y1: "0%", y2: "100%", class: "rope" }),
-    s("line", { x1: 38, x2: 38, y1: "0%", y2: `${depth(wanted)}%`, class: "let-down" }),
-    ...marks.flatMap(([n, y]) => [s("line", { x1: 34, x2: 42, y1: `${y}%`, y2: `${y}%`, class: "rope" }), s("text", { x: 28, y: `${y}%`, dy: 3 }, compact(n))]),
-    s("circle", { cx: 38, cy: `${depth(used)}%`, r: 4, class: "lamp" }),
-    s("circle", { cx: 38, cy: `${depth(wanted)}%`, r: wanted > used ? 6 : 0, class: "goal" }),
+    line("rope", "0%", "100%"),
+    line("let-down", "0%", depth(wanted)),
+    ...marks.map((n) => line("rope", depth(n), depth(n), 4)),
+    ...marks.map((n) => s("text", { x: 28, y: depth(n), dy: 3 }, compact(n))),
+    s("circle.lamp", { cx: 38, cy: depth(used), r: 4 }),
+    s("circle.goal", { cx: 38, cy: depth(wanted), r: wanted > used ? 6 : 0 }),
   );
 }
 
@@ -118,17 +121,17 @@ $("picker").onchange = async () => {
   await addFiles([...$("picker").files]);
   $("picker").value = "";
 };
-prompt.addEventListener("paste", (event) => {
-  if (!event.clipboardData.files.length) return;
+function receive(event, held) {
+  if (!held?.files.length) return;
   event.preventDefault();
-  addFiles([...event.clipboardData.files]);
-});
-const isFile = (event) => event.dataTransfer?.types.includes("Files");
-addEventListener("dragover", (event) => isFile(event) && (event.preventDefault(), document.body.classList.add("dropping")));
-addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("dropping"));
-addEventListener("drop", (event) => {
-  if (!isFile(event)) return;
+  addFiles([...held.files]);
+}
+const hover = (on) => document.body.classList.toggle("dropping", on);
+prompt.addEventListener("paste", (event) => receive(event, event.clipboardData));
+addEventListener("drop", (event) => (hover(false), receive(event, event.dataTransfer)));
+addEventListener("dragleave", (event) => event.relatedTarget || hover(false));
+addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  document.body.classList.remove("dropping");
-  addFiles([...event.dataTransfer.files]);
+  hover(true);
 });

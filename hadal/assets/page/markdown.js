@@ -39,7 +39,8 @@ function blocks(text) {
       const ordered = /\d/.test(item[2]);
       const belongs = (next, before) => {
         const marker = ITEM.exec(next);
-        if (marker && marker[1].length <= item[1].length + 1) return /\d/.test(marker[2]) === ordered && !RULE.test(next);
+        const beside = marker && marker[1].length <= item[1].length + 1;
+        if (beside) return /\d/.test(marker[2]) === ordered && !RULE.test(next);
         return /^\s{2,}/.test(next) || (!blank(before) && !starts(next));
       };
       for (let next = end; next < lines.length; next++) {
@@ -54,7 +55,8 @@ function blocks(text) {
       while (end < lines.length && !blank(lines[end]) && !starts(lines[end]) && !heads(end)) end++;
     }
     const taken = lines.slice(at, end);
-    if (kind) out.push({ kind, from: offset, lines: taken, open: Boolean(fence) && (taken.length < 2 || !closes.test(taken.at(-1))) });
+    const open = fence && (taken.length < 2 || !closes.test(taken.at(-1)));
+    if (kind) out.push({ kind, from: offset, lines: taken, open });
     offset += taken.reduce((sum, each) => sum + each.length + 1, 0);
     at = end;
   }
@@ -64,18 +66,18 @@ function blocks(text) {
 const starts = (line) => [FENCE, HEADING, RULE, ITEM, /^ {0,3}>/].some((pattern) => pattern.test(line));
 
 function element({ kind, lines, open }, depth) {
-  if (kind === "code") return codeBlock(lines.slice(1, open ? undefined : -1).join("\n"), FENCE.exec(lines[0])[2].trim(), open);
+  if (kind === "code") return codeBlock(lines, open);
   if (kind === "rule") return h("hr");
   if (kind === "heading") {
     const [, marks, words] = HEADING.exec(lines[0]);
-    return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(words)); // the page has its own h1 and h2
+    return h(`h${Math.min(6, marks.length + 2)}`, inline(words)); // the page has its own h1 and h2
   }
   if (kind === "quote" && depth < DEEPEST) {
-    return h("blockquote", {}, elements(lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"), depth + 1));
+    return h("blockquote", elements(lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n"), depth + 1));
   }
   if (kind === "list" && depth < DEEPEST) return list(lines, depth);
   if (kind === "table") return table(lines);
-  return h("p", {}, inline(lines.join("\n").trim()));
+  return h("p", inline(lines.join("\n").trim()));
 }
 
 const elements = (text, depth) => blocks(text).map((block) => element(block, depth));
@@ -99,25 +101,28 @@ function list(lines, depth) {
       const inner = blocks(item.join("\n"));
       const tight = inner[0]?.kind === "paragraph" && !item.some(blank);
       const rest = (tight ? inner.slice(1) : inner).map((block) => element(block, depth + 1));
-      return h("li", {}, tight ? inline(inner[0].lines.join("\n").trim()) : [], rest);
+      return h("li", tight ? inline(inner[0].lines.join("\n").trim()) : [], rest);
     }),
   );
 }
 
 function table(lines) {
-  const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
+  const inner = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "");
+  const cells = (line) => inner(line).split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
   const aligned = cells(lines[1]).map((cell) => (/:$/.test(cell) ? (/^:/.test(cell) ? "center" : "right") : null));
   const head = cells(lines[0]);
-  const row = (tag, texts) => h("tr", {}, head.map((_, i) => h(tag, { class: aligned[i] }, inline(texts[i] ?? ""))));
+  const row = (tag, texts) => h("tr", head.map((_, i) => h(tag, { class: aligned[i] }, inline(texts[i] ?? ""))));
   const body = lines.slice(2).map((line) => row("td", cells(line)));
-  const made = h("table", {}, h("thead", {}, row("th", head)), h("tbody", {}, body));
-  return h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Table" }, made);
+  const made = h("table", h("thead", row("th", head)), h("tbody", body));
+  return h("div.wide", { tabindex: 0, role: "region", "aria-label": "Table" }, made);
 }
 
-function codeBlock(text, language, open) {
-  const code = h("code", {}, open || !language ? document.createTextNode(text) : highlight(text, language));
-  const bar = h("div", { class: "code-bar" }, h("span", {}, language), copyButton(() => code.textContent, "Copy code"));
-  return h("figure", { class: "code" }, bar, h("pre", { tabindex: 0, "aria-label": `Code ${language}` }, code));
+function codeBlock(lines, open) {
+  const text = lines.slice(1, open ? undefined : -1).join("\n");
+  const language = FENCE.exec(lines[0])[2].trim();
+  const code = h("code", open || !language ? document.createTextNode(text) : highlight(text, language));
+  const bar = h("div.code-bar", h("span", language), copyButton(() => code.textContent, "Copy code"));
+  return h("figure.code", bar, h("pre", { tabindex: 0, "aria-label": `Code ${language}` }, code));
 }
 
 const INLINE = new RegExp(
@@ -146,11 +151,11 @@ function inline(text) {
 
 function span([all, escaped, , code, label, href, strong, strong2, em, em2, struck, address]) {
   if (escaped) return escaped;
-  if (code) return h("code", {}, code.replace(/^ (.+) $/, "$1"));
+  if (code) return h("code", code.replace(/^ (.+) $/, "$1"));
   if (href) return link(href, label || href, all);
-  if (strong ?? strong2) return h("strong", {}, inline(strong ?? strong2));
-  if (em ?? em2) return h("em", {}, inline(em ?? em2));
-  return struck ? h("s", {}, inline(struck)) : link(address, address, all);
+  if (strong ?? strong2) return h("strong", inline(strong ?? strong2));
+  if (em ?? em2) return h("em", inline(em ?? em2));
+  return struck ? h("s", inline(struck)) : link(address, address, all);
 }
 
 const plain = (text) => text.split(/( *\n)/).filter(Boolean).map((part) => (/^ *\n$/.test(part) ? h("br") : part));

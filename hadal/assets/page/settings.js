@@ -3,7 +3,7 @@
 import { key } from "./api.js";
 import * as store from "./store.js";
 import { BLANK, isTalk, readTools } from "./talk.js";
-import { $, download, notice, plural } from "./dom.js";
+import { $, h, notice, plural } from "./dom.js";
 
 const dialog = $("settings");
 const form = dialog.querySelector("form");
@@ -45,7 +45,10 @@ $("cancel").onclick = () => dialog.close();
 
 $("export").onclick = async () => {
   const talks = await store.all();
-  download(`hadal-conversations-${new Date().toISOString().slice(0, 10)}.json`, JSON.stringify({ format: "hadal-1", talks }));
+  const text = JSON.stringify({ format: "hadal-1", talks });
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  h("a", { href: url, download: `hadal-conversations-${new Date().toISOString().slice(0, 10)}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
   notice(`${plural(talks.length, "conversation")} written to a file.`);
 };
 

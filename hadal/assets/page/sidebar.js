@@ -4,10 +4,11 @@ import * as store from "./store.js";
 import { $, h, iconButton, notice } from "./dom.js";
 
 const narrow = matchMedia("(max-width: 760px)");
+const tell = (name, detail) => dispatchEvent(new CustomEvent(name, { detail }));
 let talks = null; // id -> conversation
 let shown = null;
 
-/** Draws the list with `current` marked; `changed` is a conversation that is new or other than before, or null for all. */
+/** Draws the list with `current` marked; `changed` is a conversation that is new or changed, or null for all. */
 export async function list(current = shown, changed) {
   shown = current;
   if (!talks || changed === null) talks = new Map((await store.all()).map((talk) => [talk.id, talk]));
@@ -17,12 +18,13 @@ export async function list(current = shown, changed) {
 
 function draw() {
   const wanted = $("search").value.trim().toLowerCase();
-  const holds = (talk) => [talk, ...Object.values(talk.nodes)].some((it) => (it.title ?? it.content).toLowerCase().includes(wanted));
+  const has = (text) => text.toLowerCase().includes(wanted);
+  const holds = (talk) => has(talk.title) || Object.values(talk.nodes).some((node) => has(node.content));
   const found = [...talks.values()].filter((talk) => !wanted || holds(talk)).sort((a, b) => b.updated - a.updated);
   const groups = Object.entries(Object.groupBy(found, age));
-  const part = ([name, members]) => [name && h("h2", {}, name), h("ul", {}, members.map(entry))];
-  const none = h("p", { class: "quiet" }, wanted ? "Nothing found." : "Conversations stay in this browser.");
-  $("talks").replaceChildren(...(found.length ? groups.flatMap(part) : [none]));
+  const none = h("p.quiet", wanted ? "Nothing found." : "Conversations stay in this browser.");
+  const parts = groups.flatMap(([name, members]) => [h("h2", name), h("ul", members.map(entry))]);
+  $("talks").replaceChildren(...(found.length ? parts : [none]));
 }
 
 function age({ updated }) {
@@ -31,14 +33,20 @@ function age({ updated }) {
 }
 
 function entry(talk) {
-  const link = h("a", { href: `#talk=${talk.id}`, "aria-current": talk.id === shown ? "page" : null, title: talk.title }, talk.title || "Untitled");
+  const { id, title } = talk;
+  const current = id === shown && "page";
+  const link = h("a", { href: `#talk=${id}`, "aria-current": current, title }, title || "Untitled");
   const rename = () => {
-    const field = h("input", { "aria-label": "Title", value: talk.title });
+    const field = h("input", { "aria-label": "Title", value: title });
     const done = async (keep) => {
       field.onblur = null;
-      if (keep && field.value.trim()) await save(talk, { title: field.value.trim() });
-      await list();
-      $("talks").querySelector(`a[href="#talk=${talk.id}"]`)?.focus();
+      if (keep && field.value.trim()) {
+        talk.title = field.value.trim();
+        tell("talk-renamed", talk);
+        await store.put(talk);
+      }
+      draw();
+      $("talks").querySelector(`a[href="#talk=${id}"]`)?.focus();
     };
     field.onblur = () => done(true);
     field.onkeydown = (event) => {
@@ -48,19 +56,13 @@ function entry(talk) {
     field.select();
   };
   const remove = async () => {
-    await store.drop(talk.id);
-    talks.delete(talk.id);
-    dispatchEvent(new CustomEvent("talk-gone", { detail: talk.id }));
-    await list();
+    await store.drop(id);
+    talks.delete(id);
+    tell("talk-gone", id);
+    draw();
     notice("Conversation deleted.", "Undo", async () => (await store.put(talk), list(shown, talk)));
   };
-  return h("li", {}, link, iconButton("edit", `Rename ${talk.title}`, rename), iconButton("trash", `Delete ${talk.title}`, remove));
-}
-
-async function save(talk, changes) {
-  Object.assign(talk, changes);
-  dispatchEvent(new CustomEvent("talk-renamed", { detail: talk }));
-  await store.put(talk);
+  return h("li", link, iconButton("edit", `Rename ${title}`, rename), iconButton("trash", `Delete ${title}`, remove));
 }
 
 $("search").addEventListener("input", draw);

@@ -1,4 +1,4 @@
-// A conversation is a tree of messages; `leaf` names the end of the branch on the screen. Nothing here touches the page.
+// A conversation is a tree of messages; `leaf` names the end of the branch on the screen.
 
 import { newId } from "./dom.js";
 
@@ -6,8 +6,7 @@ export const BLANK = { system: "", temperature: "", top_p: "", max_tokens: "", s
 const ROLES = ["user", "assistant", "tool"];
 
 export function create(settings) {
-  const now = Date.now();
-  return { id: newId(), title: "", created: now, updated: now, leaf: null, nodes: {}, settings: { ...BLANK, ...settings } };
+  return { id: newId(), title: "", updated: Date.now(), leaf: null, nodes: {}, settings: { ...BLANK, ...settings } };
 }
 
 /** The messages on the screen, from the first to the leaf. */
@@ -123,15 +122,16 @@ export function usedTokens(talk) {
 
 /** Whether something read from a file is a conversation that this page can show. */
 export function isTalk(it) {
-  const text = (value) => typeof value === "string";
-  if (!it || !text(it.id) || !text(it.title) || typeof it.nodes !== "object" || typeof it.settings !== "object") return false;
+  const text = (...values) => values.every((value) => typeof value === "string");
+  const isCall = (call) => text(call?.id, call?.function?.name, call?.function?.arguments);
   const seen = new Set([null]); // a parent stands before its children, so there is no circle
-  const sound = Object.entries(it.nodes ?? {}).every(
-    ([id, node]) =>
-      node?.id === id && seen.has(node.parent) && seen.add(id) && ROLES.includes(node.role) &&
-      text(node.content) && text(node.reasoning ?? "") &&
-      (node.calls ?? []).every((call) => text(call?.id) && text(call.function?.name) && text(call.function.arguments)) &&
-      (node.files ?? []).every((file) => text(file?.name) && text(file.text)),
+  const isNode = ([id, node]) =>
+    node?.id === id && seen.has(node.parent) && seen.add(id) && ROLES.includes(node.role) && text(node.content) &&
+    (node.role !== "assistant" || (text(node.reasoning) && node.times instanceof Object)) &&
+    text(node.error?.message ?? "") && (node.calls ?? []).every(isCall) &&
+    (node.files ?? []).every((file) => text(file?.name, file?.text));
+  return (
+    text(it?.id, it?.title) && Number.isFinite(it.updated) && it.nodes instanceof Object &&
+    Object.entries(it.nodes).every(isNode) && seen.has(it.leaf)
   );
-  return sound && (it.leaf === null || it.leaf in it.nodes) && Number.isFinite(it.updated);
 }

@@ -3,7 +3,7 @@
 import { openCalls, path, versions } from "./talk.js";
 import { Markdown } from "./markdown.js";
 import { highlight } from "./highlight.js";
-import { $, copyButton, count, h, icon, iconButton, money, plural, rate, seconds } from "./dom.js";
+import { $, button, copyButton, count, h, icon, iconButton, money, plural, rate, seconds, sends } from "./dom.js";
 
 const NEAR = 80; // pixels from the end within which the view follows the answer
 const scroller = $("scroll");
@@ -15,7 +15,7 @@ scroller.addEventListener("scroll", () => {
 $("to-end").onclick = () => toEnd(true);
 
 export function toEnd(always) {
-  if (always) following = true;
+  following ||= always;
   if (following) scroller.scrollTop = scroller.scrollHeight;
 }
 
@@ -27,7 +27,7 @@ export function showThread(talk, live, act) {
   let growing;
   const views = nodes.filter((node) => node.role !== "tool").map((node) => {
     if (node.role === "user") return userTurn(talk, node, act);
-    const answer = new Answer(talk, node, act, { results, open, live: node === live });
+    const answer = new Answer(talk, node, act, results, open, node === live);
     if (node === live) growing = answer;
     return answer.element;
   });
@@ -38,53 +38,63 @@ export function showThread(talk, live, act) {
 function actions(talk, node, act, ...buttons) {
   const all = versions(talk, node);
   const at = all.indexOf(node);
-  const turn = (step, name, label) => iconButton(name, label, () => act.show(all[at + step]), { disabled: !all[at + step] });
-  const switcher = all.length > 1 && h("span", { class: "versions" },
-    turn(-1, "left", "Previous version"), `${at + 1} / ${all.length}`, turn(1, "right", "Next version"));
+  const to = (other, name, label) => iconButton(name, label, () => act.show(other), { disabled: !other });
+  const [before, after] = [to(all[at - 1], "left", "Previous version"), to(all[at + 1], "right", "Next version")];
   const remove = iconButton("trash", "Delete from here on", () => act.remove(node));
-  return h("div", { class: "actions" }, switcher, buttons, remove);
+  const switcher = all.length > 1 && h("span.versions", before, `${at + 1} / ${all.length}`, after);
+  return h("div.actions", switcher, buttons, remove);
 }
 
-export const fileChip = (file, remove) =>
-  h("li", { class: "chip" }, icon("file"), h("span", { class: "name" }, file.name),
-    h("span", { class: "quiet" }, file.tokens ? `${file.exact ? "" : "≈ "}${plural(file.tokens, "token")}` : "counting …"), remove);
+export function fileChip(file, remove) {
+  const size = file.tokens ? `${file.exact ? "" : "≈ "}${plural(file.tokens, "token")}` : "counting …";
+  return h("li.chip", icon("file"), h("span.name", file.name), h("span.quiet", size), remove);
+}
 
 function userTurn(talk, node, act) {
-  const text = h("div", { class: "said", tabindex: node.content.length > 1500 ? 0 : null }, node.content);
+  const text = h("div.said", { tabindex: node.content.length > 1500 ? 0 : null }, node.content);
   const edit = iconButton("edit", "Edit", () => {
-    const field = h("textarea", { "aria-label": "Edit message", value: node.content, rows: Math.min(12, node.content.split("\n").length + 1) });
-    const close = () => (form.replaceWith(text), (bar.hidden = false), bar.querySelector("[data-edit]").focus());
-    const form = h("form", { class: "edit", onsubmit: (event) => (event.preventDefault(), act.edit(node, field.value)) }, field,
-      h("div", { class: "row" }, h("button", { type: "button", onclick: close }, "Cancel"), h("button", { class: "main" }, "Send")));
-    form.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") event.stopPropagation(), close();
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), form.requestSubmit();
-    });
-    text.replaceWith(form);
+    const form = editor(node, act, () => (form.replaceWith(text), (bar.hidden = false), edit.focus()));
     bar.hidden = true;
-    field.focus();
+    if (node.content) text.replaceWith(form);
+    else bar.before(form);
+    form.querySelector("textarea").focus();
   }, { "data-edit": true });
   const bar = actions(talk, node, act, copyButton(() => node.content), edit);
-  const files = node.files?.length && h("ul", { class: "files", "aria-label": "Files" }, node.files.map((file) => fileChip(file)));
-  return h("article", { class: "turn user", "aria-label": "You" }, files, node.content && text, bar);
+  const chips = node.files?.map((file) => fileChip(file)) ?? [];
+  const files = chips.length > 0 && h("ul.files", { "aria-label": "Files" }, chips);
+  return h("article.turn.user", { "aria-label": "You" }, files, node.content && text, bar);
+}
+
+function editor(node, act, close) {
+  const rows = Math.min(12, node.content.split("\n").length + 1);
+  const field = h("textarea", { "aria-label": "Edit message", value: node.content, rows });
+  const onsubmit = (event) => (event.preventDefault(), act.edit(node, field.value));
+  const onkeydown = (event) => {
+    if (event.key === "Escape") event.stopPropagation(), close();
+    if (sends(event)) event.preventDefault(), act.edit(node, field.value);
+  };
+  const buttons = h("div.row", button("Cancel", close), h("button.main", "Send"));
+  return h("form.edit", { onsubmit, onkeydown }, field, buttons);
 }
 
 /** One answer: thinking, text, calls, what went wrong, what it took. */
-export class Answer {
-  constructor(talk, node, act, { results = new Map(), open = [], live = false } = {}) {
-    Object.assign(this, { talk, node, act, results, open, live, thought: 0, due: 0, waiting: false });
-    this.thoughts = h("div", { class: "thoughts", tabindex: 0, role: "region", "aria-label": "Thinking" }, "");
-    this.glimpse = h("span", { class: "glimpse", "aria-hidden": "true" });
-    this.span = h("span", {});
-    this.thinking = h("details", { class: "thinking", hidden: true }, h("summary", {}, icon("right"), this.span, this.glimpse), this.thoughts);
-    this.text = h("div", { class: "md" });
-    this.calls = h("div", { class: "calls" });
-    this.foot = h("div", { class: "foot" });
+class Answer {
+  constructor(talk, node, act, results, open, live) {
+    Object.assign(this, { talk, node, act, results, open: [], live, thought: 0, due: 0, waiting: false });
+    this.thoughts = h("div.thoughts", { tabindex: 0, role: "region", "aria-label": "Thinking" });
+    this.glimpse = h("span.glimpse", { "aria-hidden": "true" });
+    this.span = h("span");
+    const summary = h("summary", icon("right"), this.span, this.glimpse);
+    this.thinking = h("details.thinking", { hidden: true }, summary, this.thoughts);
+    this.text = h("div.md");
+    this.calls = h("div");
+    this.foot = h("div.foot");
     this.markdown = new Markdown(this.text);
-    this.element = h("article", { class: "turn answer", "aria-label": `Answer of ${node.model ?? "the model"}` }, this.thinking, this.text, this.calls, this.foot);
+    const parts = [this.thinking, this.text, this.calls, this.foot];
+    this.element = h("article.turn.answer", { "aria-label": `Answer of ${node.model ?? "the model"}` }, parts);
+    if (!live) return void this.finish(open);
     this.render();
-    if (!live) this.finish();
-    else this.tick();
+    this.tick();
   }
 
   /** Draws soon; a costly text is drawn less often, so that drawing takes a third of the time at most. */
@@ -95,7 +105,6 @@ export class Answer {
       const begun = performance.now();
       if (begun < this.due) return requestAnimationFrame(draw);
       this.waiting = false;
-      if (!this.live) return;
       this.render();
       toEnd();
       this.due = performance.now() + 2 * (performance.now() - begun);
@@ -104,68 +113,68 @@ export class Answer {
   }
 
   render() {
-    const { reasoning, content, calls } = this.node;
-    if (reasoning) {
-      this.thinking.hidden = false;
-      this.thoughts.append(reasoning.slice(this.thought));
-      this.thought = reasoning.length;
-      this.glimpse.textContent = this.live && !content && !calls ? reasoning.slice(-160).replace(/\s+/g, " ") : "";
-    }
+    const { reasoning, content, calls = [] } = this.node;
+    this.thinking.hidden = !reasoning;
+    this.thoughts.append(reasoning.slice(this.thought));
+    this.thought = reasoning.length;
+    const thinks = this.live && !content && !calls.length;
+    this.glimpse.textContent = thinks ? reasoning.slice(-160).replace(/\s+/g, " ") : "";
     this.markdown.update(content);
-    if (calls?.length !== this.calls.childElementCount || !this.live) this.calls.replaceChildren(...(calls ?? []).map((call) => this.call(call)));
+    this.calls.replaceChildren(...calls.map((call) => this.call(call)));
   }
 
   /** Renews what runs with the clock while the answer grows. */
   tick() {
-    const { node } = this;
-    const spent = (Date.now() - node.at) / 1000;
-    if (node.reasoning) this.span.textContent = node.times.think >= 0 ? `Thought for ${seconds(node.times.think)}` : `Thinking, ${seconds(spent - node.times.first)}`;
-    const pace = node.pace > 0 && `${rate(node.pace)} tokens/s`;
+    const { at, times, pace } = this.node;
+    const spent = (Date.now() - at) / 1000;
+    this.span.textContent = thoughtFor(times) ?? `Thinking, ${seconds(spent - times.first)}`;
     const reading = spent > 2 ? `Reading, ${seconds(spent)}` : "Reading";
-    const doing = node.times.first === undefined ? reading : pace || "Writing";
-    this.foot.replaceChildren(h("span", { class: "sonar", "aria-hidden": "true" }), h("span", { class: "quiet" }, doing));
+    const doing = times.first === undefined ? reading : pace > 0 ? `${rate(pace)} tokens/s` : "Writing";
+    this.foot.replaceChildren(h("span.sonar", { "aria-hidden": "true" }), h("span.quiet", doing));
   }
 
-  finish() {
-    const { node, talk, act } = this;
-    this.live = false;
+  /** Puts what an answer took in the place of what runs; `open` are the calls that wait for a result. */
+  finish(open) {
+    const { node, act } = this;
+    Object.assign(this, { live: false, open });
     this.render();
-    if (node.reasoning) this.span.textContent = node.times?.think >= 0 ? `Thought for ${seconds(node.times.think)}` : "Thinking";
+    this.span.textContent = thoughtFor(node.times) ?? "Thinking";
     const again = iconButton("again", "Answer again", () => act.again(node));
-    this.foot.replaceChildren(
-      ...[node.error && this.error(node.error), summary(node) && h("p", { class: "quiet" }, summary(node))].filter(Boolean),
-      actions(talk, node, act, node.content && copyButton(() => node.content), again),
-    );
+    const bar = actions(this.talk, node, act, node.content && copyButton(() => node.content), again);
+    this.foot.replaceChildren(node.error ? this.error(node.error) : "", h("p.quiet", summary(node)), bar);
   }
 
   call(call) {
+    const { name } = call.function;
+    const field = h("textarea", { rows: 2, "data-result": true });
+    const onsubmit = (event) => (event.preventDefault(), this.act.result(call, field.value));
     const result = this.results.get(call.id);
-    const name = call.function.name;
-    let form;
-    if (result) form = h("details", {}, h("summary", {}, icon("right"), "Result"), h("pre", { tabindex: 0 }, result.content));
-    else if (this.open.includes(call)) {
-      const field = h("textarea", { rows: 2, "data-result": true });
-      const send = (event) => (event.preventDefault(), this.act.result(call, field.value));
-      form = h("form", { onsubmit: send }, h("label", {}, `Result of ${name}`, field), h("button", { class: "main" }, "Give result"));
-    }
-    return h("section", { class: "call", "aria-label": `Tool call ${name}` }, h("h3", {}, icon("tool"), name),
-      h("pre", { tabindex: 0, "aria-label": "Arguments" }, highlight(pretty(call.function.arguments), "json")), form);
+    const below = result
+      ? h("details", h("summary", icon("right"), "Result"), h("pre", { tabindex: 0 }, result.content))
+      : this.open.includes(call) &&
+        h("form", { onsubmit }, h("label", `Result of ${name}`, field), h("button.main", "Give result"));
+    const given = highlight(pretty(call.function.arguments), "json");
+    const shown = h("pre", { tabindex: 0, "aria-label": "Arguments" }, given);
+    return h("section.call", { "aria-label": `Tool call ${name}` }, h("h3", icon("tool"), name), shown, below);
   }
 
-  error({ message, status, until = 0 }) {
+  error({ message, status, until }) {
     const left = () => Math.ceil((until - Date.now()) / 1000);
     let wanted = false;
-    const retry = h("button", { type: "button", class: "main", onclick: () => (left() > 0 ? ((wanted = true), tick()) : this.act.again(this.node)) });
     const tick = () => {
       retry.textContent = left() <= 0 ? "Retry" : wanted ? `Retrying in ${left()} s` : `Retry (in ${left()} s)`;
-      if (left() <= 0 && wanted && retry.isConnected) this.act.again(this.node);
-      else if (left() > 0) setTimeout(tick, 250);
+      if (left() > 0) setTimeout(tick, 250);
+      else if (wanted && retry.isConnected) this.act.again(this.node);
     };
+    const retry = button("", () => ((wanted = true), tick()), ".main");
     tick();
-    const enter = status === 401 && h("button", { type: "button", class: "main", onclick: this.act.key }, "Enter a key");
-    return h("div", { class: "error", role: "alert" }, icon("alert"), h("p", {}, message[0].toUpperCase() + message.slice(1)), h("div", { class: "row" }, enter, retry));
+    const enter = status === 401 && button("Enter a key", this.act.key, ".main");
+    const said = h("p", message.charAt(0).toUpperCase() + message.slice(1));
+    return h("div.error", { role: "alert" }, icon("alert"), said, h("div.row", enter, retry));
   }
 }
+
+const thoughtFor = (times) => (times.think >= 0 ? `Thought for ${seconds(times.think)}` : null);
 
 function pretty(text) {
   try {
@@ -178,14 +187,14 @@ function pretty(text) {
 const ENDS = { length: "cut at the token limit", stopped: "stopped", content_filter: "withheld by the filter" };
 
 /** What an answer took, in one line. */
-function summary({ usage, times = {}, finish, tokens, content, reasoning, calls }) {
+function summary({ usage, times, finish, tokens, content, reasoning, calls }) {
   const made = usage?.completion_tokens ?? tokens;
-  const writing = times.total - times.first;
   const hit = usage?.prompt_cache_hit_tokens;
+  const writing = times.total - times.first;
   return [
     ENDS[finish] ?? (finish && reasoning && !content && !calls && "thought, but gave no answer"),
     made > 0 && `${usage ? "" : "≈ "}${plural(made, "token")}`,
-    times.first !== undefined && `first after ${times.first.toFixed(2)} s`,
+    times.first >= 0 && `first after ${times.first.toFixed(2)} s`,
     made > 1 && writing > 0 && `${rate((made - 1) / writing)} tokens/s`,
     usage && `${hit ? count(hit) : "none"} of ${count(usage.prompt_tokens)} read from cache`,
     usage?.cost && money(usage.cost),
