@@ -23,12 +23,17 @@ _UNHEEDED = ("temperature", "top_p")
 
 
 class Message(Body):
-    """One message; the chat codec judges content and keys. `name` and `refusal` have no place in the format."""
+    """One message; the chat codec judges content and keys.
+
+    `reasoning` is another name of `reasoning_content`; name, refusal and annotations have no place in the format.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     refusal: str | None = None
+    annotations: list[Any] | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -49,7 +54,9 @@ class Message(Body):
 
     def plain(self) -> dict[str, Any]:
         """The message as the text room reads it: absent fields left out, OpenAI's developer as what it stands for."""
-        plain = self.model_dump(exclude_none=True, exclude={"name", "refusal"})
+        plain = self.model_dump(exclude_none=True, exclude={"name", "refusal", "annotations", "reasoning"})
+        if self.reasoning is not None:
+            plain.setdefault("reasoning_content", self.reasoning)
         return plain | {"role": "system"} if self.role == "developer" else plain
 
 

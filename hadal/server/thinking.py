@@ -68,6 +68,7 @@ class Switch(Body):
     reasoning: Reasoning | None = None
     think: bool | str | None = None
     include_reasoning: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
 
     def decide(self, settings: Settings, model: str) -> Thinking:
         """The setting in effect; APIError for an unknown model or spellings that contradict each other."""
@@ -107,6 +108,7 @@ class Switch(Body):
         idle = {"budget_tokens", "display", "max_tokens", "summary"}
         sent = {"thinking": self.thinking, "reasoning": self.reasoning}
         names = [f"{path}.{key}" for path, part in sent.items() if part for key in sorted(part.model_fields_set & idle)]
+        names += ["thinking_budget"] * (self.thinking_budget is not None)
         if self.reasoning_effort not in (None, "none") and not thinking.enabled:
             names.append("reasoning_effort")
         return tuple(names)

@@ -13,10 +13,12 @@ from typing import Any
 import openai
 import pytest
 
+from hadal.llm import LLM
 from tests.fakes import ScriptedModel, scripted_llm
 from tests.server.chatting import TOOL, Chat, chat, client_of, create, stream, told
 from tests.server.conftest import Running, running
 from tests.test_llm import SCRIPT
+from tests.test_nano import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +191,13 @@ def test_an_unforeseen_error_keeps_the_shape_of_errors() -> None:
         status, body = server.call("/chat/completions", chat())
         assert status == 500 and body["error"]["type"] == "server_error"
         assert set(body["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="this installation has no embedded model")
+def test_a_model_that_samples_keeps_to_schema_seed_and_count() -> None:
+    with running(LLM("nano", device="cpu", max_context=2048)) as server, client_of(server) as client:
+        body = {"model": "nano", "messages": chat("Name a colour.")["messages"], "response_format": OPENAI, "n": 2}
+        body |= {"max_tokens": 400, "seed": 7, "temperature": 1.0, "thinking": False}
+        first, again = (create(client, body)["choices"] for _ in range(2))
+    assert [choice["message"] for choice in first] == [choice["message"] for choice in again]
+    assert all(re.fullmatch(OBJECT, choice["message"]["content"]) for choice in first)

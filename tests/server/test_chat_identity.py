@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -13,11 +14,13 @@ import openai
 import pytest
 
 from hadal.accounts import Accounts, Limits
+from hadal.engine import Logprob
 from hadal.server.ask import Ask
 from hadal.server.chat import ChatBody
 from hadal.server.errors import APIError
+from hadal.server.logprobs import chat_logprobs
 from hadal.server.settings import Settings
-from tests.fakes import scripted_llm
+from tests.fakes import scripted_llm, small_tokenizer
 from tests.server.chatting import TOOL, Chat, chat, client_of, create, stream, told
 from tests.server.conftest import Running, running
 from tests.test_llm import SCRIPT
@@ -41,6 +44,7 @@ ROLES = [
     ("user", {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
     ("user", {"content": "a", "name": "Ada"}),
     ("assistant", {"content": "a", "reasoning_content": "b"}),
+    ("assistant", {"content": "a", "reasoning": "b", "refusal": "", "annotations": []}),
     ("assistant", {"content": None, "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]}),
     ("tool", {"content": "sunny", "tool_call_id": "1"}),
@@ -283,6 +287,11 @@ def test_logprobs_of_content_and_reasoning(client: openai.OpenAI) -> None:
         assert bytes(first["bytes"]).decode() == first["token"] and -1e-5 < first["logprob"] <= 0
     plain = create(client, chat("plain", thinking=False, logprobs=True))["choices"][0]["logprobs"]
     assert plain["reasoning_content"] is None and plain["content"][0]["top_logprobs"] == []
+
+
+def test_improbable_tokens_have_a_number_that_json_can_hold() -> None:
+    (token,) = chat_logprobs([{5: Logprob(-math.inf, 7), 6: Logprob(-0.5, 1)}], 1, small_tokenizer())
+    assert token["logprob"] == -9999.0 and token["top_logprobs"][0]["logprob"] == -0.5
 
 
 def test_the_prefix_is_continued_and_not_repeated(client: openai.OpenAI) -> None:

@@ -159,9 +159,9 @@ def test_reasoning_can_be_left_out_of_the_answer(client: openai.OpenAI, change: 
 
 
 def test_what_changes_nothing_is_told(client: openai.OpenAI) -> None:
-    change = {"thinking": {"type": "disabled", "budget_tokens": 5}, "reasoning_effort": "low"}
+    change = {"thinking": {"type": "disabled", "budget_tokens": 5}, "thinking_budget": 9, "reasoning_effort": "low"}
     raw = client.chat.completions.with_raw_response.create(**chat("plain"), extra_body=change)
-    assert raw.headers["x-hadal-ignored"] == "thinking.budget_tokens, reasoning_effort"
+    assert raw.headers["x-hadal-ignored"] == "thinking.budget_tokens, thinking_budget, reasoning_effort"
 
 
 def test_efforts_reach_the_prompt() -> None:
