@@ -148,11 +148,10 @@ def sweep(store: Store) -> None:
     """Delete files whose time has come, and what a crash left behind."""
     store.forget_files(store.expired_files())
     old = time.time() - _ORPHAN_SECONDS
-    stray = [path for path in (store.folder / "files").glob("*") if path.stat().st_mtime < old]
-    known = store.all_files() if stray else set()
-    for path in stray:
-        if path.name not in known:
-            path.unlink(missing_ok=True)
+    found = os.scandir(store.folder / "files") if (store.folder / "files").exists() else ()
+    stray = {entry.name for entry in found if entry.stat().st_mtime < old}
+    for name in stray - store.all_files() if stray else ():
+        store.path(name).unlink(missing_ok=True)
 
 
 class _Upload:

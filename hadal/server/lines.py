@@ -152,9 +152,9 @@ class Made:
         self.counts[kind] += 1
 
     def close(self) -> dict[str, int]:
-        """The size of each file that has lines, all on the disk; others are deleted."""
-        sizes = {}
-        for kind, file in self._files.items():
+        """The size of each file that has lines, all on the disk; others are deleted. The second time does nothing."""
+        sizes, files, self._files = {}, self._files, {}
+        for kind, file in files.items():
             os.fsync(file.fileno())
             size = file.tell()
             file.close()

@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from sqlalchemy.engine import Row
 
 from hadal.accounts import Key
@@ -29,7 +29,6 @@ from hadal.server.files import sweep
 from hadal.server.lines import Made, check, line_id, numbered, problem, read_line
 from hadal.server.responses import ResponsesRequest
 from hadal.server.service import Seat, Service
-from hadal.server.settings import Settings
 from hadal.server.store import KINDS, Store, made_id, on_disk
 from hadal.server.visit import Caller, Visit
 from hadal.server.wire import MakeWire, Wire
@@ -45,19 +44,8 @@ _ROOM_SECONDS = 0.01
 _T = TypeVar("_T")
 
 
-class Asking(Protocol):
-    """The body of a request of some API."""
-
-    @property
-    def wire(self) -> MakeWire:
-        """What tells the answer."""
-
-    def ask(self, settings: Settings) -> Ask:
-        """The neutral form; APIError for what the settings do not admit."""
-
-
-# What a batch can be for.
-BODIES: Mapping[str, type[BaseModel]] = {
+# What a batch can be for, and the body of its requests.
+BODIES: Mapping[str, Any] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesRequest,
@@ -72,11 +60,11 @@ class _Run:
 
     row: Row[Any]
     key: Key | None
+    made: Made
     end: tuple[str, APIError] | None = None  # the status it ends with early, and why its other lines have no answer
     feeding: bool = False
     told: tuple[int, int] = (0, 0)  # the counts that the database has
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # one line at a time goes to the door
-    made: Made = field(init=False)
     task: asyncio.Task[None] = field(init=False)
 
     def cut(self, status: str, error: APIError) -> None:
@@ -106,11 +94,10 @@ class Batches:
 
     async def stop(self) -> None:
         """Leave everything as it is; lines under way are run again another time."""
-        tasks = [self._task] * (self._task is not None) + [run.task for run in self._runs.values()]
-        for task in tasks:
-            assert task is not None
-            task.cancel()
-        await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+        for tasks in ([self._task] if self._task else [], [run.task for run in self._runs.values()]):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._disk.shutdown)
         self.store.close()
 
@@ -158,12 +145,15 @@ class Batches:
                 run.key = self._keys.get(row.key)
                 if end is not None:
                     run.cut(*end)
-                counts = (run.made.counts["output"], run.made.counts["error"]) if run.feeding else run.told
-                if counts != run.told:
+                counts = run.made.counts["output"], run.made.counts["error"]
+                if run.feeding and counts != run.told:
                     await asyncio.to_thread(self.store.count, row.id, *counts)
                     run.told = counts
             elif not self.service.draining and (end or row.key not in [other.row.key for other in self._runs.values()]):
-                run = self._runs[row.id] = _Run(row, self._keys.get(row.key), end)
+                made = await self._on_disk(
+                    partial(Made, {kind: self.store.path(made_id(row.id, kind)) for kind in KINDS})
+                )
+                run = self._runs[row.id] = _Run(row, self._keys.get(row.key), made, end)
                 run.task = asyncio.create_task(self._run(run))
 
     def _end_of(self, row: Row[Any]) -> tuple[str, APIError] | None:
@@ -192,28 +182,23 @@ class Batches:
             self.store.change(row.id, ("validating",), "in_progress", total=total)
 
     async def _run(self, run: _Run) -> None:
-        name = run.row.id
         try:
-            run.made = await self._on_disk(lambda: Made({kind: self.store.path(made_id(name, kind)) for kind in KINDS}))
-            whole = run.end is not None or await self._feed_until_cut(run)
-            if whole:
+            if run.end is None:
+                await self._feed_until_cut(run)
+            if run.end is not None or not self.service.draining:
                 await self._finish(run)
-            else:
-                await self._on_disk(run.made.close)
-        except asyncio.CancelledError:
-            if hasattr(run, "made"):
-                await self._on_disk(run.made.close)
-            raise
         except Exception as error:
-            known = isinstance(error, APIError | OSError) or isinstance(getattr(error, "exceptions", [0])[0], OSError)
-            _log.error("batch %s stops for %g s: %s", name, _PAUSE_SECONDS, error, exc_info=None if known else error)
+            parts = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+            trace = None if all(isinstance(part, APIError | OSError) for part in parts) else error
+            _log.error("batch %s waits %g s: %s", run.row.id, _PAUSE_SECONDS, parts[0], exc_info=trace)
             await asyncio.sleep(_PAUSE_SECONDS)
         finally:
-            del self._runs[name]
+            with suppress(OSError):
+                await self._on_disk(run.made.close)
+            del self._runs[run.row.id]
             self.wake()
 
-    async def _feed_until_cut(self, run: _Run) -> bool:
-        """Run what is left; whether the batch is at its end."""
+    async def _feed_until_cut(self, run: _Run) -> None:
         run.feeding = True
         try:
             await self._feed(run)
@@ -223,7 +208,6 @@ class Batches:
             run.task.uncancel()
         finally:
             run.feeding = False
-        return run.end is not None or not self.service.draining
 
     async def _feed(self, run: _Run) -> None:
         limits = run.key.limits if run.key else None
@@ -271,16 +255,17 @@ class Batches:
         service = self.service
         try:
             ask, make = await asyncio.to_thread(self._read, run.row.endpoint, given)
-            visit = Visit("batch", Caller(run.key), batch=run.row.id, id=id)
             async with run.turn, self._door:
                 await self._room()
+                visit = Visit("batch", Caller(run.key), batch=run.row.id, id=id)
                 seat = await _admit(service, visit, ask)
             self._flying += 1
             try:
                 return await self._whole(seat, make(seat.context))
             except BaseException as error:
                 visit.id = uuid.uuid4().hex  # the row of an attempt must not stand in the way of the answer's
-                service.leave(seat, error if isinstance(error, APIError) else None)
+                cause = run.end[1] if run.end else APIError.closing()
+                service.leave(seat, error if isinstance(error, APIError) else cause)
                 raise
             finally:
                 self._flying -= 1
@@ -303,14 +288,13 @@ class Batches:
 
     def _read(self, endpoint: str, given: dict[str, Any]) -> tuple[Ask, MakeWire]:
         try:
-            body: Any = BODIES[endpoint].model_validate(given)
+            body = BODIES[endpoint].model_validate(given)
         except ValidationError as error:
             raise validation_error(error.errors()) from None
-        asking: Asking = body
-        ask = asking.ask(self.service.settings)
+        ask: Ask = body.ask(self.service.settings)
         if ask.stream:
             raise APIError(422, "`stream` has no meaning in a batch; remove it", param="stream")
-        return replace(ask, priority=PRIORITY), asking.wire
+        return replace(ask, priority=PRIORITY), body.wire
 
     async def _room(self) -> None:
         """Wait until a line would find a place to run: batches never make a queue that others would stand in."""
@@ -329,8 +313,7 @@ class Batches:
             status, error = run.end
             await self._on_disk(lambda: self._write_off(run, error))
         elif not await asyncio.to_thread(self.store.change, row.id, ("in_progress", "finalizing"), "finalizing"):
-            await self._on_disk(run.made.close)  # cancelled in the very last moment
-            return
+            return  # cancelled in the very last moment
         counts = run.made.counts
         sizes = await self._on_disk(run.made.close)
         values: dict[str, Any] = {"succeeded": counts["output"], "erred": counts["error"]}
@@ -349,7 +332,7 @@ class Batches:
         """Say of every line that has no answer why it has none."""
         limit = self.service.settings.body_limit
         if run.row.in_progress_at is None:
-            return
+            return  # its lines were never looked at
         with on_disk(), self.store.path(run.row.input_file_id).open("rb") as file:
             for number, raw in numbered(file, limit):
                 name = read_line(raw, run.row.endpoint, limit).custom_id
