@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -17,11 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hadal.accounts import Accounts
-from hadal.server import store as tables
-from hadal.server.errors import APIError
-from hadal.server.files import _plain, sweep
-from hadal.server.settings import Settings
-from hadal.server.store import Store
+from hadal.server.files import _plain
 from tests.fakes import scripted_llm
 from tests.server.conftest import Running, running
 
@@ -216,54 +211,6 @@ def test_keys_see_their_own_files_only(tmp_path: Path) -> None:
             with pytest.raises(openai.NotFoundError):
                 bob.batches.create(input_file_id=made.id, endpoint="/v1/chat/completions", completion_window="24h")
             assert bob.files.list().data == [] and [f.id for f in ann.files.list()] == [made.id]
-
-
-@contextmanager
-def opened(folder: Path, clock: list[float]) -> Iterator[Store]:
-    store = Store(Settings(data=folder), clock=lambda: clock[0])
-    yield store
-    store.close()
-
-
-def test_files_go_when_their_time_has_come_but_not_under_a_batch(tmp_path: Path) -> None:
-    clock = [1_000_000.0]
-    with opened(tmp_path, clock) as store:
-        ids = []
-        (tmp_path / "files").mkdir()
-        for expires in (None, 1_000_100, 1_000_100):
-            row = store.stamp("file-") | {
-                "key": "",
-                "purpose": "batch",
-                "filename": "a",
-                "bytes": 1,
-                "expires": expires,
-            }
-            store.add(tables.files, row, 10, "files")
-            store.path(row["id"]).write_bytes(b"x")
-            ids.append(row["id"])
-        batch = store.stamp("batch_") | {"key": "", "status": "in_progress", "input_file_id": ids[2]}
-        store.add(tables.batches, batch, 10, "batches")
-        with pytest.raises(APIError) as used:
-            store.remove_file("", ids[2])
-        assert used.value.status == 409
-        clock[0] += 101
-        assert [row["id"] for row in store.page(tables.files, "", None, 9)["data"]] == [ids[0]]
-        sweep(store)
-        assert kept(tmp_path) == {ids[0], ids[2]}
-        store.end(batch["id"], "cancelled", [])
-        sweep(store)
-        assert kept(tmp_path) == {ids[0]}
-
-
-def test_what_a_crash_left_behind_is_swept_once_it_is_old(tmp_path: Path) -> None:
-    with opened(tmp_path, [1e9]) as store:
-        (tmp_path / "files").mkdir()
-        for name, age in (("file-1.part", 7200), ("file-2", 7200), ("file-3.part", 10)):
-            path = tmp_path / "files" / name
-            path.write_bytes(b"x")
-            os.utime(path, (time.time() - age,) * 2)
-        sweep(store)
-        assert kept(tmp_path) == {"file-3.part"}
 
 
 def test_many_uploads_at_once_keep_apart(client: openai.OpenAI) -> None:
