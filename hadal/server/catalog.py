@@ -95,7 +95,10 @@ def router(service: Service) -> APIRouter:
         def ids_of() -> list[int]:
             if body.prompt is None:
                 return _render(backend, body.ask(settings))
-            ids = tokenizer.encode(body.prompt)
+            try:
+                ids = tokenizer.encode(body.prompt)
+            except TokenizerError as error:
+                raise APIError(400, f"`prompt`: {error}", param="prompt") from None
             return ids if not body.add_special_tokens or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
         ids = await asyncio.to_thread(ids_of)

@@ -39,7 +39,7 @@ _WORDS = "|".join(
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file or a token id that cannot be used; the message names it and the remedy."""
+    """A tokenizer file, a text or a token id that cannot be used; the message names it and the remedy."""
 
 
 class Tokenizer:
@@ -163,7 +163,11 @@ class Tokenizer:
         return b"".join(self.token_bytes(token_id) for token_id in ids).decode("utf-8", errors="replace")
 
     def _encode_plain(self, text: str) -> list[int]:
-        return list(self._bpe.encode(text, add_special_tokens=False).ids) if text else []
+        try:
+            return list(self._bpe.encode(text, add_special_tokens=False).ids) if text else []
+        except TypeError:
+            message = "the text holds half of a surrogate pair, which is no character; send whole ones"
+            raise TokenizerError(message) from None
 
 
 class IncrementalDecoder:

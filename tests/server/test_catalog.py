@@ -96,6 +96,7 @@ def test_conversations_have_the_tokens_that_chat_counts(server: Running, client:
         ("/tokenize", {"messages": chat()["messages"], "think": True, "thinking": False}, 422, "send one"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 400, "does not exist"),
         ("/tokenize", {"prompt": "a", "mood": 1}, 422, "unknown field"),
+        ("/tokenize", {"prompt": "\ud800"}, 400, "surrogate"),
         ("/detokenize", {"tokens": [10**6]}, 422, "beyond 299"),
         ("/detokenize", {"tokens": [-1]}, 422, "tokens[0]"),
         ("/detokenize", {"tokens": "a"}, 422, "list"),

@@ -155,6 +155,8 @@ def test_the_default_limit_stops_and_forms(client: openai.OpenAI) -> None:
         ({"prompt": [10**6]}, 400, "prompt", "outside the vocabulary"),
         ({"prompt": [-1]}, 400, "prompt", "outside the vocabulary"),
         ({"prompt": None}, 422, "prompt", "missing"),
+        ({"prompt": "\ud800"}, 400, None, "surrogate"),
+        ({"suffix": "\udc00"}, 400, None, "surrogate"),
         ({"model": "other"}, 400, "model", "does not exist"),
         ({"max_tokens": 0}, 422, None, "`echo`"),
         ({"max_tokens": 393217}, 422, "max_tokens", "393216"),
