@@ -70,9 +70,9 @@ class Item(Part):
     kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
         "message": ("role content", "id status phase"),
         "reasoning": ("", "id status content summary encrypted_content"),
-        "function_call": ("call_id name arguments", "id status parsed_arguments"),
+        "function_call": ("call_id name arguments", "id status parsed_arguments namespace"),
         "function_call_output": ("call_id output", "id status"),
-        "custom_tool_call": ("call_id name input", "id status"),
+        "custom_tool_call": ("call_id name input", "id status namespace"),
         "custom_tool_call_output": ("call_id output", "id status"),
     }
     remedy: ClassVar[str] = f"what an item refers to is not here, for {_NOTHING_STORED}"
@@ -86,6 +86,7 @@ class Item(Part):
     encrypted_content: str = ""
     call_id: str = ""
     name: str = ""
+    namespace: str = ""
     arguments: str = ""
     parsed_arguments: Any = None
     input: str = ""
@@ -113,11 +114,16 @@ class Item(Part):
         """A call in the chat API's shape; free text is the one argument `input`."""
         free = self.type == "custom_tool_call"
         arguments = json.dumps({"input": self.input}, ensure_ascii=False) if free else self.arguments
-        return plain_call(self.call_id, self.name, arguments)
+        return plain_call(self.call_id, _prompt_name(self.namespace, self.name), arguments)
+
+
+def _prompt_name(namespace: str, name: str) -> str:
+    """What the model knows a tool by: DeepSeek-V4's format has no namespaces."""
+    return f"{namespace}__{name}" if namespace else name
 
 
 class Tool(Part):
-    """One entry of `tools`: a function, or a tool that takes free text."""
+    """A function, or a tool that takes free text."""
 
     kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
         "function": ("name", "description parameters strict output_schema allowed_callers"),
@@ -132,17 +138,30 @@ class Tool(Part):
     output_schema: Any = None
     allowed_callers: Any = None
 
-    @property
-    def plain(self) -> dict[str, Any]:
+    def plain(self, name: str, heading: str) -> dict[str, Any]:
         """The tool in the chat API's shape. The grammar of a free text is told to the model and not enforced."""
+        description = join_texts([text for text in (heading, self.description) if text]) or None
         if self.type == "function":
-            return plain_tool(self.name, self.parameters, self.description, self.strict)
+            return plain_tool(name, self.parameters, description, self.strict)
         definition = self.format.get("definition")
         grammar = f", in this grammar:\n{definition}" if definition else ""
         text = {"type": "string", "description": f"The whole input as free text{grammar}"}
-        return plain_tool(
-            self.name, {"type": "object", "properties": {"input": text}, "required": ["input"]}, self.description, False
-        )
+        parameters = {"type": "object", "properties": {"input": text}, "required": ["input"]}
+        return plain_tool(name, parameters, description, False)
+
+
+class Entry(Tool):
+    """One entry of `tools`: a tool, or several under a namespace (Codex: those of an MCP server)."""
+
+    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {**Tool.kinds, "namespace": ("name tools", "description")}
+    tools: list[Tool] = Field([])
+
+    @property
+    def named(self) -> list[tuple[str, Tool, str]]:
+        """Its tools with namespace, and with what is to be said before the description: the namespace's own, once."""
+        if self.type != "namespace":
+            return [("", self, "")]
+        return [(self.name, tool, "" if i else self.description or "") for i, tool in enumerate(self.tools)]
 
 
 class Choice(Part):
@@ -203,7 +222,7 @@ class ResponsesRequest(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] = Field([])
+    tools: list[Entry] = Field([])
     tool_choice: Literal["none", "auto", "required"] | Choice = "auto"
     reasoning: Reasoning = Reasoning()
     text: TextConfig = TextConfig()
@@ -237,9 +256,17 @@ class ResponsesRequest(Body):
         return self
 
     @property
-    def custom(self) -> frozenset[str]:
-        """Names of the tools that take free text."""
-        return frozenset(tool.name for tool in self.tools if tool.type == "custom")
+    def calls(self) -> dict[str, dict[str, str]]:
+        """What the item of a call says of its tool, by the tool's name in the prompt."""
+        return {
+            _prompt_name(namespace, tool.name): {
+                "type": "function_call" if tool.type == "function" else "custom_tool_call",
+                "name": tool.name,
+            }
+            | ({"namespace": namespace} if namespace else {})
+            for entry in self.tools
+            for namespace, tool, _ in entry.named
+        }
 
     def ask(self, settings: Settings) -> Ask:
         """What the body asks for; APIError for what the settings do not allow."""
@@ -276,15 +303,16 @@ class ResponsesRequest(Body):
             exclude_unset=True,
             by_alias=True,
         )
-        return ResponsesWire(context, shown, self.custom, seal="reasoning.encrypted_content" in self.include)
+        return ResponsesWire(context, shown, self.calls, seal="reasoning.encrypted_content" in self.include)
 
     def _tools(self) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
-        choice, tools = self.tool_choice, self.tools
+        choice, tools = self.tool_choice, [tool for entry in self.tools for tool in entry.named]
         if isinstance(choice, Choice) and choice.type == "allowed_tools":
-            allowed = [tool.get("name") for tool in choice.tools]
-            tools, choice = [tool for tool in tools if tool.name in allowed], choice.mode
+            allowed = {tool.get("name") for tool in choice.tools}
+            tools = [(space, tool, heading) for space, tool, heading in tools if {space, tool.name} & allowed]
+            choice = choice.mode
         named = choice if isinstance(choice, str) else plain_choice(choice.name)
-        return [tool.plain for tool in tools], named
+        return [tool.plain(_prompt_name(space, tool.name), heading) for space, tool, heading in tools], named
 
     def _structured(self, settings: Settings) -> StructuredOutput | None:
         form = self.text.format

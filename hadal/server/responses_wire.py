@@ -20,15 +20,18 @@ _KINDS = {"reasoning": ("rs", "reasoning_text"), "message": ("msg", "output_text
 class ResponsesWire:
     """Tells reasoning, text and calls as items, each kind in the order in which the model writes it.
 
-    `shown` are fields of the request that the response repeats. Calls of tools named in `custom` are told as free text.
-    `seal` adds to reasoning items the form in which clients carry them back.
+    `shown` are fields of the request that the response repeats. `calls` has, by a tool's name in the prompt, what the
+    item of its call says of it: type, name, namespace. `seal` adds to reasoning items the form in which clients carry
+    them back.
     """
 
     done: str | None = None
     keep_alive = COMMENT
 
-    def __init__(self, context: Context, shown: Mapping[str, Any], custom: frozenset[str], *, seal: bool) -> None:
-        self._context, self._custom, self._seal = context, custom, seal
+    def __init__(
+        self, context: Context, shown: Mapping[str, Any], calls: Mapping[str, dict[str, str]], *, seal: bool
+    ) -> None:
+        self._context, self._calls, self._seal = context, calls, seal
         (self._generation,) = context.generations
         params = self._generation.request.params
         self._head = {
@@ -106,11 +109,12 @@ class ResponsesWire:
         self._kind = ""
 
     def _call(self, call: ToolCall) -> Iterator[Event]:
-        free = call.name in self._custom
-        kind, field = ("custom_tool_call", "input") if free else ("function_call", "arguments")
-        told = _free_text(call.arguments) if free else call.arguments
-        item = {"id": f"{'ctc' if free else 'fc'}_{self._context.id}{len(self._items):x}", "type": kind}
-        item |= {"status": "in_progress", "call_id": call.id, "name": call.name, field: ""}
+        tool = self._calls.get(call.name, {"type": "function_call", "name": call.name})
+        kind = tool["type"]
+        free = kind == "custom_tool_call"
+        field, told = ("input", _free_text(call.arguments)) if free else ("arguments", call.arguments)
+        item = {"id": f"{'ctc' if free else 'fc'}_{self._context.id}{len(self._items):x}", **tool}
+        item |= {"status": "in_progress", "call_id": call.id, field: ""}
         place = {"output_index": len(self._items), "item_id": item["id"]}
         name = f"{kind}_{field}"
         yield self._event("output_item.added", output_index=len(self._items), item=item)

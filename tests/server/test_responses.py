@@ -29,6 +29,7 @@ ANSWERS: dict[str, str | None] = {
     "lookup": "I must look</think>Let me see." + CALL,
     "mend": "so</think>" + PATCH,
     "bare": CALL,
+    "inside": "</think>" + CALL.replace('"weather"', '"lab__weather"'),
     "odd": "</think>a" + CALL + "b",
     "21 degrees": "warm</think>It is warm.",
     "as JSON": 'so</think>{"n": 7}',
@@ -179,6 +180,24 @@ def test_a_custom_tool_is_called_with_free_text(client: OpenAI) -> None:
     result: Any = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "21 degrees"}
     said: Any = [{"role": "user", "content": "mend"}, *events[-1].response.output, result]
     assert client.responses.create(model="scripted", input=said, tools=[PATCHER]).output_text == "It is warm."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_in_a_namespace_is_called_by_both_names(client: OpenAI, stream: bool) -> None:
+    body: Any = {"tools": [{"type": "namespace", "name": "lab", "description": "of ours", "tools": [WEATHER]}]}
+    if stream:
+        response = events_of(client, input="inside", **body)[-1].response
+    else:
+        response = client.responses.create(model="scripted", input="inside", **body)
+    call = response.output[-1]
+    assert (call.type, call.name, call.namespace) == ("function_call", "weather", "lab")
+    assert response.tools[0].to_dict() == body["tools"][0]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}
+    said: Any = [{"role": "user", "content": "inside"}, *response.output, result]
+    again = client.responses.create(model="scripted", input=said, **body)
+    assert again.output_text == "It is warm."
+    written = response.usage.total_tokens
+    assert again.usage is not None and again.usage.input_tokens_details.cached_tokens >= written - 2
 
 
 def test_a_conversation_as_codex_has_it(client: OpenAI) -> None:

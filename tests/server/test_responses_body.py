@@ -109,6 +109,17 @@ def test_allowed_tools_are_those_that_the_model_sees() -> None:
     assert [tool["function"]["name"] for tool in made.tools] == ["b"] and made.tool_choice == "required"
 
 
+def test_a_namespace_names_its_tools_and_heads_the_first() -> None:
+    members = [{"type": "function", "name": name, "description": f"does {name}"} for name in "ab"]
+    tools = [{"type": "namespace", "name": "lab", "description": "ours", "tools": members}, members[0]]
+    told = [(tool["function"]["name"], tool["function"]["description"]) for tool in ask(tools=tools).tools]
+    assert told == [("lab__a", "ours\n\ndoes a"), ("lab__b", "does b"), ("a", "does a")]
+    some = ask(tools=tools, tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [{"name": "lab"}]})
+    assert [tool["function"]["name"] for tool in some.tools] == ["lab__a", "lab__b"]
+    with pytest.raises(ValueError, match="type 'namespace' is not served"):
+        ask(tools=[{"type": "namespace", "name": "outer", "tools": tools}])
+
+
 def test_the_grammar_of_a_custom_tool_is_told() -> None:
     grammar = {"type": "grammar", "syntax": "lark", "definition": "start: LINE"}
     (tool,) = ask(tools=[{"type": "custom", "name": "f", "format": grammar}]).tools
@@ -124,9 +135,16 @@ JSON = st.recursive(
 )
 KIND = st.sampled_from(
     ["message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom", "function",
-     "input_text", "output_text", "allowed_tools", "json_schema", "json_object", "summary_text"]
+     "namespace", "input_text", "output_text", "allowed_tools", "json_schema", "json_object", "summary_text"]
 )  # fmt: skip
-FIELDS = [name for name in Item.model_fields if name != "type"] + ["schema", "parameters", "format", "mode", "text"]
+FIELDS = [name for name in Item.model_fields if name != "type"] + [
+    "schema",
+    "parameters",
+    "format",
+    "mode",
+    "text",
+    "tools",
+]
 PART = st.dictionaries(st.sampled_from(FIELDS), JSON | st.lists(JSON, max_size=2), max_size=5)
 PARTS = st.lists(st.builds(lambda kind, part: {"type": kind, **part}, KIND, PART), max_size=3)
 BODY = st.dictionaries(st.sampled_from([*ResponsesRequest.model_fields]), JSON | PARTS | PART, max_size=4)

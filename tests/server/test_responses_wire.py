@@ -60,7 +60,9 @@ def output(reasoning: Sequence[str], text: Sequence[str], calls: Sequence[ToolCa
 @given(PIECES, PIECES, CALLS, REASONS)
 def test_what_the_events_tell_is_the_whole_response(reasoning: Any, text: Any, calls: Any, reason: Any) -> None:
     def wire() -> ResponsesWire:
-        return ResponsesWire(context(), {"user": "me"}, frozenset({"free"}), seal=True)
+        return ResponsesWire(
+            context(), {"user": "me"}, {"free": {"type": "custom_tool_call", "name": "free"}}, seal=True
+        )
 
     events = feed(wire(), cut(reasoning, text, calls, reason))
     whole = wire().whole([output(reasoning, text, calls, reason)], USAGE)
