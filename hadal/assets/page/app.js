@@ -158,7 +158,6 @@ const act = {
   result(call, text) {
     talks.add(talk, { role: "tool", call: call.id, content: text });
     if (!talks.openCalls(talk).length) return answer();
-    draw();
     save();
     $("thread").querySelector("[data-result]").focus();
   },

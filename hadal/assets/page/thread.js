@@ -105,6 +105,7 @@ class Answer {
       const begun = performance.now();
       if (begun < this.due) return requestAnimationFrame(draw);
       this.waiting = false;
+      if (!this.live) return;
       this.render();
       toEnd();
       this.due = performance.now() + 2 * (performance.now() - begun);
@@ -147,7 +148,12 @@ class Answer {
   call(call) {
     const { name } = call.function;
     const field = h("textarea", { rows: 2, "data-result": true });
-    const onsubmit = (event) => (event.preventDefault(), this.act.result(call, field.value));
+    const onsubmit = (event) => {
+      event.preventDefault();
+      this.results.set(call.id, { content: field.value });
+      section.replaceWith(this.call(call)); // alone, so that what is written for other calls stays
+      this.act.result(call, field.value);
+    };
     const result = this.results.get(call.id);
     const below = result
       ? h("details", h("summary", icon("right"), "Result"), h("pre", { tabindex: 0 }, result.content))
@@ -155,7 +161,9 @@ class Answer {
         h("form", { onsubmit }, h("label", `Result of ${name}`, field), h("button.main", "Give result"));
     const given = highlight(pretty(call.function.arguments), "json");
     const shown = h("pre", { tabindex: 0, "aria-label": "Arguments" }, given);
-    return h("section.call", { "aria-label": `Tool call ${name}` }, h("h3", icon("tool"), name), shown, below);
+    const title = h("h3", icon("tool"), name);
+    const section = h("section.call", { "aria-label": `Tool call ${name}` }, title, shown, below);
+    return section;
   }
 
   error({ message, status, until }) {

@@ -34,16 +34,14 @@ def dive(n):  # a comment that is long enough to need more room than a telephone
 """
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script> [x](javascript:alert(3)) **<b>bold</b>**"
 EVIL += "\n\n<svg onload=alert(4)>"
-CALL = (
-    f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="forecast">\n<{DSML}parameter name="city" string="true">Bergen'
-    f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>"
-)
+CITY = f'<{DSML}parameter name="city" string="true">Bergen</{DSML}parameter>\n'
+CALLS = "".join(f'<{DSML}invoke name="{name}">\n{CITY}</{DSML}invoke>\n' for name in ("forecast", "tide"))
 SCRIPT: dict[str, str | None] = {
     "greet": "because they met</think>Grüße, 世界 👋!",
     "plain": "</think>one. two. three.",
     "rich": "</think>" + RICH,
     "evil": "</think>" + EVIL,
-    "rain?": "I must look</think>Let me see." + CALL,
+    "rain?": f"I must look</think>Let me see.\n\n<{DSML}tool_calls>\n{CALLS}</{DSML}tool_calls>",
     "dry all day": "</think>No rain today.",
     "broken": None,
 }

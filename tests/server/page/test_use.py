@@ -106,18 +106,25 @@ def test_a_tool_call_is_shown_and_its_result_goes_back(visit: Open) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Tools, as JSON").fill("{not")
     expect(page.locator("#tools-wrong")).to_contain_text("These are no tools")
-    page.get_by_label("Tools, as JSON").fill('[{"name": "forecast", "parameters": {"type": "object"}}]')
+    tools = [{"name": name, "parameters": {"type": "object"}} for name in ("forecast", "tide")]
+    page.get_by_label("Tools, as JSON").fill(json.dumps(tools))
     page.get_by_role("button", name="Save").click()
     answer = ask(page, "rain?")
-    expect(answer.locator(".call pre")).to_have_text(re.compile(r'"city": "Bergen"'))
+    expect(answer.locator(".call pre").first).to_have_text(re.compile(r'"city": "Bergen"'))
+    expect(page.get_by_label("Result of forecast")).to_be_focused()
     page.fill("#prompt", "and now")
     page.press("#prompt", "Enter")
     expect(page.locator("#notice")).to_contain_text("give it first")
-    page.get_by_label("Result of forecast").fill("dry all day")
+    page.get_by_label("Result of tide").fill("low, and dry all day")
+    page.get_by_label("Result of forecast").fill("no rain")
+    page.get_by_role("button", name="Give result").first.click()
+    expect(page.get_by_label("Result of tide")).to_be_focused()
     page.get_by_role("button", name="Give result").click()
     expect(page.locator(".answer .md").last).to_have_text("No rain today.")
-    made, given = page.sent[-1]["messages"][-2:]
-    assert given == {"role": "tool", "tool_call_id": made["tool_calls"][0]["id"], "content": "dry all day"}
+    made, *given = page.sent[-1]["messages"][-3:]
+    ids = [call["id"] for call in made["tool_calls"]]
+    assert [message["tool_call_id"] for message in given] == ids and len(page.sent) == 2
+    assert [message["content"] for message in given] == ["no rain", "low, and dry all day"]
     assert page.sent[-1]["tools"][0]["function"]["name"] == "forecast"
 
 
