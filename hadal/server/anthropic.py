@@ -309,6 +309,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/messages/count_tokens", include_in_schema=False)
     async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
         """The tokens of the prompt that a conversation makes."""
-        return {"input_tokens": await service.count(request, "messages", body.ask(service.settings))}
+        return {"input_tokens": len(await service.render(request, "messages", body.ask(service.settings)))}
 
     return routes

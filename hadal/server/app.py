@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 import hadal
-from hadal.accounts import PRICE_LIST, Accounts
+from hadal.accounts import Accounts
 from hadal.plan.price import PriceBook
 from hadal.server import anthropic, batches, catalog, chat, completions, files, health, metrics, page, responses
 from hadal.server.backend import Backend
@@ -20,6 +20,15 @@ from hadal.server.gate import Gate, error_response
 from hadal.server.guard import protect
 from hadal.server.service import Service
 from hadal.server.settings import Settings
+
+_TEXT = {"type": "string"}
+_MAYBE = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object", "required": ["error"],
+    "properties": {
+        "error": {"type": "object", "properties": {"message": _TEXT, "type": _TEXT, "param": _MAYBE, "code": _MAYBE}}
+    },
+}  # fmt: skip
 
 
 def create_app(
@@ -44,7 +53,10 @@ def create_app(
         service.accounts.close()
 
     # No pages of FastAPI's own: they load their scripts from elsewhere.
-    app = FastAPI(title="Hadal", version=hadal.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Hadal", version=hadal.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={422: {"description": "a parameter is wrong", "content": {"application/json": {"schema": _ERROR}}}},
+    )  # fmt: skip
     app.state.service = service
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)
@@ -61,7 +73,7 @@ def create_app(
 def open_accounts(settings: Settings) -> Accounts:
     """Keys, limits and ledger as the settings say."""
     book = PriceBook.load(settings.prices)
-    return Accounts(settings.database, book, settings.price_list or PRICE_LIST, folder=settings.data)
+    return Accounts(settings.database, book, settings.price_list, folder=settings.data)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hadal.engine import EngineBusy
+from hadal.engine import EngineBusy, RequestError
 from hadal.llm import LLM, Delta, Generation
 from hadal.server.ask import Ask
 from hadal.server.errors import APIError
@@ -176,9 +176,13 @@ class LocalBackend:
         self._thread.join()
 
     def open(self, generations: Sequence[Generation]) -> Ticket:
-        """Queue prepared answers. Raises EngineBusy when as many run and wait as may."""
+        """Queue prepared answers. Raises EngineBusy when as many run and wait as may, RequestError if they never fit."""
         limits = self.llm.engine.options
         most = None if limits.max_waiting is None else limits.max_waiting + limits.max_concurrent
+        if most is not None and len(generations) > most:
+            raise RequestError(
+                f"{len(generations)} answers are asked for and at most {most} run and wait here; ask for fewer", "n"
+            )
         if most is not None and self._opened + len(generations) > most:
             raise EngineBusy(f"{most} answers run and wait already; try again later")
         self._opened += len(generations)

@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
 from hadal.server.ask import Ask
-from hadal.server.backend import Backend
 from hadal.server.body import Body
 from hadal.server.chat import ChatBody, Message, Tool
 from hadal.server.errors import APIError
@@ -19,7 +18,7 @@ from hadal.server.gate import caller
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from hadal.server.thinking import Switch, decide
-from hadal.text import TokenizerError
+from hadal.text import Tokenizer, TokenizerError
 
 
 class TokenizeBody(Switch):
@@ -85,24 +84,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/tokenize")
     @routes.post("/tokenize", include_in_schema=False)
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
         """Token ids of a text or a conversation."""
         backend, settings = service.backend, service.settings
         if body.model is not None:
             decide(settings, body.model, [])
-        tokenizer = backend.tokenizer
-
-        def ids_of() -> list[int]:
-            if body.prompt is None:
-                return _render(backend, body.ask(settings))
-            try:
-                ids = tokenizer.encode(body.prompt)
-            except TokenizerError as error:
-                raise APIError(400, f"`prompt`: {error}", param="prompt") from None
-            return ids if not body.add_special_tokens or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
-
-        ids = await asyncio.to_thread(ids_of)
-        strings = [tokenizer.decode([i]) for i in ids] if body.return_token_strs else None
+        if body.prompt is None:
+            ids = list(await service.render(request, "chat", body.ask(settings)))
+        else:
+            ids = await asyncio.to_thread(_encode, backend.tokenizer, body.prompt, body.add_special_tokens)
+        strings = [backend.tokenizer.decode([i]) for i in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": backend.max_context, "tokens": ids, "token_strs": strings}
 
     @routes.post("/v1/detokenize")
@@ -120,13 +111,12 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _render(backend: Backend, ask: Ask) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, begin: bool) -> list[int]:
     try:
-        return list(backend.prepare(ask, "")[0].request.prompt_ids)
-    except ValueError as error:
-        if not type(error).__module__.startswith("hadal."):
-            raise
-        raise APIError(400, str(error), param=getattr(error, "param", None)) from error
+        ids = tokenizer.encode(text)
+    except TokenizerError as error:
+        raise APIError(400, f"`prompt`: {error}", param="prompt") from None
+    return ids if not begin or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def _is_anthropic(request: Request) -> bool:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hadal.accounts import Accounts, AccountsError, Hold, LimitReached, UsageRow
-from hadal.engine import EngineBusy
+from hadal.engine import EngineBusy, RequestError
 from hadal.llm import Delta, Generation
 from hadal.server.ask import Ask
 from hadal.server.backend import Backend, Ticket
@@ -113,10 +113,11 @@ class Service:
         finally:
             self.leave(seat)
 
-    async def count(self, request: Request, api: str, ask: Ask) -> int:
-        """The tokens of the prompt that `ask` makes; APIError when it cannot be served."""
+    async def render(self, request: Request, api: str, ask: Ask) -> tuple[int, ...]:
+        """The token ids of the prompt that `ask` makes; APIError when it cannot be served."""
         tenant = caller(request).tenant(ask.user_id)
-        return _prompt_tokens(await asyncio.to_thread(self._render, self.backend, api, tenant, ask), ask.samples)
+        generations = await asyncio.to_thread(self._render, self.backend, api, tenant, ask)
+        return generations[0].request.prompt_ids
 
     async def admit(self, visit: Visit, ask: Ask) -> Seat:
         """Check, render and queue what is asked. Whoever gets a seat must `leave` it."""
@@ -131,6 +132,8 @@ class Service:
     async def _admit(self, visit: Visit, ask: Ask) -> Seat:
         backend = self.backend
         self._check_room(backend)
+        if ask.effort not in backend.efforts:
+            ask = replace(ask, effort="high")  # rules without "low" start at "high", and the answer says so
         generations, hold = await asyncio.to_thread(self._prepare, backend, visit, ask)
         try:
             if self.draining:
@@ -139,6 +142,9 @@ class Service:
         except EngineBusy as error:
             hold.leave()
             raise self._busy(backend, str(error)) from None
+        except RequestError as error:
+            hold.leave()
+            raise APIError(400, str(error), param=error.param) from None
         except BaseException:
             hold.leave()
             raise

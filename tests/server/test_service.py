@@ -205,6 +205,12 @@ def test_a_burst_beyond_the_queue_gets_429_with_a_time_never_a_broken_stream() -
         assert all(e["end"] == "length" for e in held)
 
 
+def test_more_answers_than_can_ever_run_and_wait_are_refused_for_good() -> None:
+    with plain(engine={"max_concurrent": 1, "max_waiting": 2}) as server:
+        refused = send(server, "plain", sampling={"n": 4})
+        assert refused.status == 400 and json.loads(refused.read())["error"]["param"] == "n"
+
+
 def test_a_request_that_would_wait_too_long_is_turned_away() -> None:
     with plain(max_wait_seconds=0.001, engine={"max_concurrent": 1}) as server:
         assert send(server, "plain").status == 200  # now the server knows how long answers take
