@@ -195,7 +195,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def measure_load(args: argparse.Namespace) -> dict[str, Any]:
     """Many streams at once for a while: nothing may fail or be lost."""
-    with serving(args.model, "--max-concurrent", str(args.streams), "--max-wait", "600") as server:
+    with serving(args.model, "--max-concurrent", str(args.streams), "--max-wait-seconds", "600") as server:
         answers = asyncio.run(keep_asking(server, args, args.streams, args.seconds))
         rows = server.rows()
         first = [a.first - a.begun for a in answers if a.first]

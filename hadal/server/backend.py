@@ -176,7 +176,7 @@ class LocalBackend:
         self._thread.join()
 
     def open(self, generations: Sequence[Generation]) -> Ticket:
-        """Queue prepared answers. Raises EngineBusy when as many run and wait as may, RequestError if they never fit."""
+        """Queue prepared answers; EngineBusy when too many run and wait, RequestError if these never fit."""
         limits = self.llm.engine.options
         most = None if limits.max_waiting is None else limits.max_waiting + limits.max_concurrent
         if most is not None and len(generations) > most:
