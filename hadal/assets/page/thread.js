@@ -141,7 +141,7 @@ class Answer {
     this.render();
     this.span.textContent = thoughtFor(node.times) ?? "Thinking";
     const again = iconButton("again", "Answer again", () => act.again(node));
-    const bar = actions(this.talk, node, act, node.content && copyButton(() => node.content), again);
+    const bar = actions(this.talk, node, act, node.content && copyButton(() => node.content), !node.error && again);
     this.foot.replaceChildren(node.error ? this.error(node.error) : "", h("p.quiet", summary(node)), bar);
   }
 
