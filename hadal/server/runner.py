@@ -132,11 +132,14 @@ class Batches:
 
     async def _look(self) -> None:
         """Bring every batch a step on that needs one."""
+        before = set(self._runs)
         rows = await asyncio.to_thread(self.store.open_batches)
         if rows:
             self._keys = {key.id: key for key in await asyncio.to_thread(self.service.accounts.keys.list)}
         for row in rows:
             run = self._runs.get(row.id)
+            if run is None and row.id in before:
+                continue  # it has ended since
             end = self._end_of(row)
             if row.status == "validating":
                 await asyncio.to_thread(self._validate, row)
@@ -297,12 +300,12 @@ class Batches:
         return replace(ask, priority=PRIORITY), body.wire
 
     async def _room(self) -> None:
-        """Wait until a line would find a place to run: batches never make a queue that others would stand in."""
+        """Wait until a line would soon find a place to run: batches make no queue that others would stand in."""
         service = self.service
         while not service.draining:
             if service.loaded and service.accounts.healthy:
                 load = service.backend.load
-                if not load.full and load.waiting == 0 and self._flying < _IN_FLIGHT:
+                if not load.full and load.waiting <= load.running // 4 and self._flying < _IN_FLIGHT:
                     return
             await asyncio.sleep(_ROOM_SECONDS)
         raise APIError.closing()

@@ -175,9 +175,10 @@ class Store:
             return connection.execute(sa.update(batches).where(*which).values(status=status, **values)).rowcount > 0
 
     def count(self, id: str, succeeded: int, erred: int) -> None:
-        """Note how many lines of a batch are done."""
+        """Note how many lines of a batch are done; what its end has noted stays."""
+        which = (batches.c.id == id, batches.c.status.in_(OPEN))
         with self._begin() as connection:
-            connection.execute(sa.update(batches).where(batches.c.id == id).values(succeeded=succeeded, erred=erred))
+            connection.execute(sa.update(batches).where(*which).values(succeeded=succeeded, erred=erred))
 
     def end(self, id: str, status: str, made: Sequence[Mapping[str, Any]], **values: Any) -> None:
         """End a batch together with the files that it made."""

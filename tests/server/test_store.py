@@ -101,6 +101,7 @@ def test_a_batch_changes_from_the_statuses_named_only(opened: Store) -> None:
     }
     for _ in range(2):  # a crash can make it happen twice
         opened.end(batch, "cancelled", [made], output_file_id=made["id"], succeeded=2)
+    opened.count(batch, 0, 0)  # too late
     shown = tables.show_batch(opened.get(tables.batches, "ann", batch))
     assert shown["status"] == "cancelled" and shown["cancelled_at"] == shown["in_progress_at"] == 1_000_000
     assert shown["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
