@@ -21,6 +21,7 @@ from hadal.server.ask import Ask
 from hadal.server.errors import APIError
 from hadal.text import Tokenizer
 
+BACKGROUND = -100  # the priority of what gives way to everybody who waits for an answer
 _log = logging.getLogger("hadal.server")
 
 
@@ -142,6 +143,7 @@ class LocalBackend:
         self.max_context = llm.engine.max_context
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._opened = 0  # answers of tickets that nobody has left yet
+        self._patient = 0  # those of them that give way to all others
         self._live: dict[Generation, tuple[Ticket, int]] = {}
         self._answer_seconds = 0.0  # moving average of the time from first state to end
         self._thread = threading.Thread(target=self._run, name="hadal-engine", daemon=True)
@@ -156,7 +158,7 @@ class LocalBackend:
         """A queue moves on when one of the running answers ends."""
         limits, engine = self.llm.engine.options, self.llm.engine
         waiting = max(self._opened - limits.max_concurrent, engine.waiting)
-        ahead = max(self._opened + 1 - limits.max_concurrent, 0)
+        ahead = max(self._opened - self._patient + 1 - limits.max_concurrent, 0)
         most = limits.max_waiting
         full = most is not None and self._opened >= most + limits.max_concurrent
         return Load(engine.running, waiting, ahead * self._answer_seconds / limits.max_concurrent, full)
@@ -186,12 +188,14 @@ class LocalBackend:
         if most is not None and self._opened + len(generations) > most:
             raise EngineBusy(f"{most} answers run and wait already; try again later")
         self._opened += len(generations)
+        self._patient += _patient(generations)
         ticket = Ticket(generations, self._leave)
         self._inbox.put(lambda: self._submit(ticket))
         return ticket
 
     def _leave(self, ticket: Ticket) -> None:
         self._opened -= len(ticket.generations)
+        self._patient -= _patient(ticket.generations)
         if ticket.open:
             self._inbox.put(lambda: self._drop(ticket))
 
@@ -255,6 +259,10 @@ class LocalBackend:
         if generation.request.admitted is not None:
             took = time.monotonic() - generation.request.admitted
             self._answer_seconds += (took - self._answer_seconds) / 8 if self._answer_seconds else took
+
+
+def _patient(generations: Sequence[Generation]) -> int:
+    return sum(g.request.priority <= BACKGROUND for g in generations)
 
 
 def _deliver(parts: list[tuple[Ticket, int, Delta]]) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.engine import Row
 from hadal.accounts import Key
 from hadal.server.anthropic import MessagesRequest
 from hadal.server.ask import Ask
+from hadal.server.backend import BACKGROUND
 from hadal.server.chat import ChatBody
 from hadal.server.completions import CompletionBody
 from hadal.server.errors import APIError, validation_error
@@ -34,7 +35,6 @@ from hadal.server.visit import Caller, Visit
 from hadal.server.wire import MakeWire, Wire
 
 _log = logging.getLogger("hadal.server")
-PRIORITY = -100  # below everybody who waits for an answer
 _IN_FLIGHT = 64  # lines of all batches
 _TRIES = 3  # of a line that the engine fails on: the cause may have been its company
 _LOOK_SECONDS = 1.0
@@ -297,7 +297,7 @@ class Batches:
         ask: Ask = body.ask(self.service.settings)
         if ask.stream:
             raise APIError(422, "`stream` has no meaning in a batch; remove it", param="stream")
-        return replace(ask, priority=PRIORITY), body.wire
+        return replace(ask, priority=BACKGROUND), body.wire
 
     async def _room(self) -> None:
         """Wait until a line would soon find a place to run: batches make no queue that others would stand in."""

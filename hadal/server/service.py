@@ -134,7 +134,12 @@ class Service:
         self._check_room(backend)
         if ask.effort not in backend.efforts:
             ask = replace(ask, effort="high")  # rules without "low" start at "high", and the answer says so
-        generations, hold = await asyncio.to_thread(self._prepare, backend, visit, ask)
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, backend, visit, ask))
+        try:
+            generations, hold = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(_give_up)
+            raise
         try:
             if self.draining:
                 self._check_room(backend)
@@ -222,6 +227,8 @@ class Service:
     def _patience(self, visit: Visit, patience: float) -> float:
         """How long to wait for the next delta; APIError for a request that began too late or runs too long."""
         now, settings = time.monotonic(), self.settings
+        if visit.api == "batch":  # it has days
+            return patience
         if visit.first_token is None and now >= visit.began + settings.start_seconds:
             raise APIError(
                 503,
@@ -254,7 +261,8 @@ class Service:
             row = self.accounts.record(self._row(seat, usage))
             if seat.ask.messages is not None:
                 await asyncio.to_thread(self._remember, seat, tenant)
-            await asyncio.wait_for(asyncio.wrap_future(row), _LEDGER_SECONDS)
+            async with asyncio.timeout(_LEDGER_SECONDS):
+                await asyncio.wrap_future(row)
         except (AccountsError, TimeoutError) as error:
             raise APIError.unaccounted("the answer is ready and cannot be accounted for") from error
         self.leave(seat)
@@ -302,6 +310,9 @@ class Service:
             seat.visit.finish_reason = "abort" if error.status == CLIENT_GONE else "error"
             seat.visit.status = error.status
             seat.visit.usage = usage = self._usage(seat)
+            if error.status >= 500:  # what failed here is not to be paid for
+                seat.visit.usage = usage = replace(usage, cost=Decimal(0))
+                seat.visit.cost = Decimal(0)
             row = self.accounts.record(self._row(seat, usage))
             task = asyncio.ensure_future(_written(row))
             self._closing.add(task)
@@ -318,6 +329,12 @@ class Service:
                 observer(visit)
             except Exception:
                 _log.exception("an observer of visits failed")
+
+
+def _give_up(prepared: asyncio.Future[tuple[list[Generation], Hold]]) -> None:
+    """Nobody waits for what a worker thread prepared."""
+    if not prepared.cancelled() and not prepared.exception():
+        prepared.result()[1].leave()
 
 
 async def _written(row: Future[None]) -> None:

@@ -126,7 +126,7 @@ def test_answers_and_errors_come_in_files_of_their_own(client: openai.OpenAI, fo
     assert file.purpose == "batch_output" and file.expires_at == file.created_at + 3600
     written = [row for row in rows(folder)[before:] if row.status == 200]
     assert len(written) == 2 and {row.batch for row in written} == {made.id}
-    assert {row.api for row in written} == {"batch"} and {row.priority for row in written} == {runner.PRIORITY}
+    assert {row.api for row in written} == {"batch"} and {row.priority for row in written} == {runner.BACKGROUND}
     assert {row.id for row in written} == {line["response"]["request_id"] for line in good.values()}
 
 

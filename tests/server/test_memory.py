@@ -247,9 +247,10 @@ def answered(messages: Chat, generation: Generation) -> Chat:
 
 
 # Calls as no codec writes them: no line ends, spaces within JSON.
+# Rendering the call again would write 10.0, so only what was sampled is the same text.
 SPELLED = (
-    f'<{DSML}tool_calls><{DSML}invoke name="weather"><{DSML}parameter name="days" string="false">[1,  2]'
-    f"</{DSML}parameter></{DSML}invoke></{DSML}tool_calls>"
+    f'<{DSML}tool_calls>\n<{DSML}invoke name="weather">\n<{DSML}parameter name="days" string="false">[1.0e1]'
+    f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>"
 )
 
 
