@@ -80,8 +80,8 @@ def events(response: http.client.HTTPResponse) -> list[Any]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.01)
