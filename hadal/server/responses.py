@@ -71,7 +71,7 @@ class Item(Part):
         "message": ("role content", "id status phase"),
         "reasoning": ("", "id status content summary encrypted_content"),
         "function_call": ("call_id name arguments", "id status parsed_arguments namespace"),
-        "function_call_output": ("call_id output", "id status"),
+        "function_call_output": ("output", "call_id name namespace id status"),
         "custom_tool_call": ("call_id name input", "id status namespace"),
         "custom_tool_call_output": ("call_id output", "id status"),
     }
@@ -96,6 +96,14 @@ class Item(Part):
     def said(self) -> str:
         """The text of a message or of a tool's result."""
         return join_texts([part.text or part.refusal for part in self.content or self.output])
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """A tool's result in the chat API's shape; one that nobody called (Codex: a goal) is told as the user's."""
+        if self.call_id:
+            return {"role": "tool", "tool_call_id": self.call_id, "content": self.said}
+        name = _prompt_name(self.namespace, self.name)
+        return {"role": "user", "content": f"{name}:\n{self.said}" if name else self.said}
 
     @property
     def thought(self) -> str:
@@ -352,7 +360,7 @@ def _conversation(instructions: str | None, items: Iterable[Item]) -> list[dict[
             else:
                 said.append({"role": "user", "content": item.said})
         elif item.type.endswith("_output"):
-            said.append({"role": "tool", "tool_call_id": item.call_id, "content": item.said})
+            said.append(item.result)
         else:
             if not said or said[-1]["role"] != "assistant":
                 said.append({"role": "assistant", "content": ""})

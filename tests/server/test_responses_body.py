@@ -72,6 +72,14 @@ def called(**call: str) -> dict[str, Any]:
             ],
         ),
         (
+            [CALL, RESULT, {"type": "function_call_output", "namespace": "agent", "name": "goal", "output": "win"}],
+            [
+                {"role": "assistant", "content": "", "tool_calls": [called()]},
+                {"role": "tool", "tool_call_id": "c", "content": "r"},
+                {"role": "user", "content": "agent__goal:\nwin"},
+            ],
+        ),
+        (
             [{"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "ü"}],
             [{"role": "assistant", "content": "", "tool_calls": [called(arguments='{"input": "ü"}')]}],
         ),
