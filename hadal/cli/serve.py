@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hadal.cli.machines import fleet_opener, open_upstream
 from hadal.cli.options import Device, MaxContext, Mode, Served, Threads, load_llm, one_sentence_errors, size
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hadal.server.backend import Backend
 
 _NETWORK, _REQUESTS, _ACCOUNTS, _LOGS = "Network", "Requests", "Accounts", "Logs and traces"
+_MACHINES = "More than one machine"
 
 
 def _of(panel: str, text: str, **more: Any) -> Any:
@@ -78,6 +80,18 @@ def serve(
     otel: Annotated[
         bool | None, typer.Option("--otel", rich_help_panel=_LOGS, help="Send OpenTelemetry spans (OTEL_* variables).")
     ] = None,
+    upstream: Annotated[
+        str | None,
+        _of(_MACHINES, "vLLM, SGLang or Hadal server to answer; MODEL needs no weights then.", metavar="URL"),
+    ] = None,
+    upstream_model: Annotated[str | None, _of(_MACHINES, "Its name there; the first if left out.")] = None,
+    upstream_key: Annotated[
+        str | None, _of(_MACHINES, "Key to send there.", envvar="HADAL_UPSTREAM_KEY", show_default=False)
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", rich_help_panel=_MACHINES, help="Replicas under Ray Serve, here or at RAY_ADDRESS.")
+    ] = False,
+    replicas: Annotated[int | None, _of(_MACHINES, "How many with --ray; SIGHUP replaces them.", min=1)] = None,
 ) -> None:
     """Serve a model over HTTP in the shapes of DeepSeek's, OpenAI's and Anthropic's APIs."""
     import hadal.server.run
@@ -92,12 +106,23 @@ def serve(
         price_list=price_list, log_format=log_format, otel=otel,
     )  # fmt: skip
 
+    if (upstream and ray) or (replicas and not ray):
+        raise hadal.server.run.ServeError("--upstream, and --ray with --replicas, exclude each other; give one of them")
+    engine: dict[str, Any] = {
+        "max_concurrent": max_concurrent, "cache_memory": cache_memory, "prefix_folder": prefix_folder,
+        "prefix_disk": prefix_disk, "speculation": speculation, "expert_memory": expert_memory,
+    }  # fmt: skip
+    start_fleet = None
+    if ray:
+        options = engine | {"mode": mode, "device": device, "max_context": max_context}
+        start_fleet = fleet_opener(model, options, replicas or 2, threads, max_waiting)
+
     def load(progress: Callable[[str], None]) -> Backend:
-        llm = load_llm(
-            model, mode, device, max_context, max_concurrent=max_concurrent, max_waiting=max_waiting,
-            cache_memory=cache_memory, prefix_folder=prefix_folder, prefix_disk=prefix_disk, speculation=speculation,
-            expert_memory=expert_memory, progress=progress,
-        )  # fmt: skip
+        if upstream:
+            return open_upstream(model, upstream, upstream_model, upstream_key, max_waiting)
+        if start_fleet is not None:
+            return start_fleet()
+        llm = load_llm(model, mode, device, max_context, max_waiting=max_waiting, progress=progress, **engine)
         return LocalBackend(llm)
 
     hadal.server.run.run(load, settings, host=host, port=port, threads=threads)

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hadal import device as devices
 from hadal.llm import LLM
 from hadal.server.ask import Ask
 from hadal.server.backend import LocalBackend
@@ -54,16 +54,21 @@ class FleetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LoadReplica:
-    """Makes a replica's model; a folder for prefixes is divided among the replicas."""
+    """Makes a replica's model; replicas of one machine divide its memory and a folder for prefixes among them."""
 
     model: str
     options: Mapping[str, Any]
+    replicas: int
 
     def __call__(self, number: int) -> LLM:
         """The LLM of the replica `number`."""
-        folder: Path | None = self.options.get("prefix_folder")
-        own = {} if folder is None else {"prefix_folder": folder / f"replica-{number}"}
-        return LLM(self.model, **{**self.options, **own})
+        own = dict(self.options)
+        if (folder := own.get("prefix_folder")) is not None:
+            own["prefix_folder"] = folder / f"replica-{number}"
+        where = devices.resolve(own.get("device", "auto"))
+        if own.get("cache_memory") is None and _LOCAL and where.type == "cpu":
+            own["cache_memory"] = devices.memory_available(where) // (2 * self.replicas)
+        return LLM(self.model, **own)
 
 
 class Replica:
@@ -101,7 +106,7 @@ class Replica:
                 ]
                 if pieces:
                     pieces[-1] = replace(
-                        pieces[-1], cached=first.cached_tokens,
+                        pieces[-1], cached=first.cached_tokens, cache_reason=first.cache_reason,
                         prompt_logprobs=None if ticket.open else first.prompt_logprobs,
                     )  # fmt: skip
                 yield pieces
@@ -155,11 +160,51 @@ class PrefixRouter(RequestRouter):
             self._routes.forget(gone)
 
 
-class Fleet:
-    """A Source of `replicas` engines that `make` makes, each with `threads` CPU threads and `accelerators`.
+def _deployment(replicas: int, threads: int, accelerators: float, max_concurrent: int) -> Any:
+    return serve.deployment(
+        Replica,
+        name="engine",
+        num_replicas=replicas,
+        max_ongoing_requests=1 << 16,  # the server bounds its queue
+        ray_actor_options={"num_cpus": threads, "num_gpus": accelerators},
+        graceful_shutdown_timeout_s=_ROLL_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        request_router_config={
+            "request_router_class": PrefixRouter,
+            "request_router_kwargs": {"slack": max(max_concurrent // 2, 1)},
+        },
+        logging_config=_QUIET,
+    )
 
-    They run on this machine and end with the server; in a cluster that the variable RAY_ADDRESS names they stay, and
-    the next server finds them. Each takes up to `max_concurrent` requests at once, more wait there. Raises FleetError.
+
+def connect(cpus: int) -> None:
+    """Join the cluster, or start one on this machine; FleetError when that fails. Nothing happens the second time.
+
+    Ray takes SIGTERM for itself, so that whoever handles it connects first, and in the main thread.
+    """
+    if ray.is_initialized():
+        return
+    here = {"address": "local", "num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
+    options: dict[str, Any] = here if _LOCAL else {}
+    try:
+        ray.init(logging_level=logging.WARNING, **options)
+    except (RayError, RuntimeError, ConnectionError, TimeoutError) as error:
+        raise _failed(error) from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _failed(error: Exception) -> FleetError:
+    cause = str(error).strip().splitlines()[0][:300]
+    return FleetError(f"the replicas could not be started ({cause}); see Ray's log")
+
+
+class Fleet:
+    """A Source of `replicas` engines that `make` makes, each with `threads` CPU threads.
+
+    Each has so many `accelerators`, by default one where there are any, and takes up to `max_concurrent` requests at
+    once. They run on this machine and end with the server; in a cluster that the variable RAY_ADDRESS names they stay,
+    and the next server finds them. Raises FleetError.
     """
 
     def __init__(
@@ -168,40 +213,23 @@ class Fleet:
         *,
         replicas: int = 2,
         threads: int = 1,
-        accelerators: float = 0,
+        accelerators: float | None = None,
         max_concurrent: int = 16,
     ) -> None:
-        here = {"num_cpus": max(os.cpu_count() or 1, replicas * threads), "include_dashboard": False}
-        options: dict[str, Any] = {"address": "local", **here} if _LOCAL else {}
-        deployment: Any = serve.deployment(
-            Replica,
-            name="engine",
-            num_replicas=replicas,
-            max_ongoing_requests=1 << 16,  # the server bounds its queue
-            ray_actor_options={"num_cpus": threads, "num_gpus": accelerators},
-            graceful_shutdown_timeout_s=_ROLL_SECONDS,
-            graceful_shutdown_wait_loop_s=0.2,
-            health_check_period_s=2,
-            request_router_config={
-                "request_router_class": PrefixRouter,
-                "request_router_kwargs": {"slack": max(max_concurrent // 2, 1)},
-            },
-            logging_config=_QUIET,
-        )
-        self._app = deployment.bind(make, threads)
         self._rolling = threading.Lock()
+        connect(replicas * threads)
         try:
-            ray.init(logging_level=logging.WARNING, **options)
+            if accelerators is None:
+                accelerators = min(ray.cluster_resources().get("GPU", 0), 1)
+            self._app = _deployment(replicas, threads, accelerators, max_concurrent).bind(make, threads)
             serve.start(proxy_location="Disabled", logging_config=_QUIET)
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             running = serve.status().applications
             self._handle = serve.get_app_handle(_APP) if _APP in running else serve.run(self._app, name=_APP)
             self._handle = self._handle.options(stream=True)
             self.max_context: int = self._handle.options(stream=False).max_context.remote().result(timeout_s=60)
         except (RayError, RayServeException, RuntimeError, ConnectionError, TimeoutError) as error:
             self._end()
-            cause = str(error).strip().splitlines()[0][:300]
-            raise FleetError(f"the replicas could not be started ({cause}); see Ray's log") from error
+            raise _failed(error) from error
 
     def check(self, ask: Ask) -> None:
         """A replica can do what an engine here can."""
@@ -214,6 +242,8 @@ class Fleet:
             _log.warning("the replicas are replaced, one after the other")
             serve.run(self._app, name=_APP)
             _log.warning("the replicas have been replaced")
+        except (RayError, RayServeException, RuntimeError) as error:
+            _log.error("the replicas were not all replaced: %s", error)
         finally:
             self._rolling.release()
 

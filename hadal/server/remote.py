@@ -39,6 +39,7 @@ class Piece:
     logprobs: tuple[dict[int, Logprob], ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     cached: int | None = None  # prompt tokens that need not be computed
+    cache_reason: str = "elsewhere"  # why there are none, if there are none
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
@@ -183,14 +184,14 @@ class RemoteBackend:
                     answer.finish_reason = piece.finish_reason
                     tell(piece.index)
                 if piece.cached is not None:
-                    self._cost(request, piece.cached)
+                    self._cost(request, piece.cached, piece.cache_reason)
                     for index, generation in enumerate(job.generations):
                         if generation.request.finished:
                             tell(index)
                 if all(generation.finish_reason is not None for generation in job.generations):
                     break
         if request.cached_tokens is None:
-            self._cost(request, 0)
+            self._cost(request, 0, "elsewhere")
         for index, generation in enumerate(job.generations):
             if generation.finish_reason is None and not generation.request.finished:
                 raise APIError(
@@ -199,8 +200,8 @@ class RemoteBackend:
                 )  # fmt: skip
             tell(index)
 
-    def _cost(self, request: Request, cached: int) -> None:
-        request.cached_tokens, request.cache_reason = cached, "hit" if cached else "elsewhere"
+    def _cost(self, request: Request, cached: int, reason: str) -> None:
+        request.cached_tokens, request.cache_reason = cached, "hit" if cached else reason
 
 
 class _Engine:

@@ -185,13 +185,16 @@ def count_rows(database: str) -> int:
     return rows
 
 
-def test_a_replica_keeps_prefixes_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_of_a_machine_divide_its_memory_and_the_folder_for_prefixes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fleet = pytest.importorskip("hadal.server.fleet", reason="Ray Serve is not installed")
     made: list[Any] = []
     monkeypatch.setattr(fleet, "LLM", lambda model, **options: made.append((model, options)))
-    fleet.LoadReplica("nano", {"prefix_folder": tmp_path, "max_concurrent": 2})(1)
-    fleet.LoadReplica("nano", {"prefix_folder": None})(1)
+    monkeypatch.setattr(fleet.devices, "memory_available", lambda device: 1200)
+    fleet.LoadReplica("nano", {"prefix_folder": tmp_path, "device": "cpu"}, 3)(1)
+    fleet.LoadReplica("nano", {"prefix_folder": None, "cache_memory": 7}, 3)(1)
     assert made == [
-        ("nano", {"prefix_folder": tmp_path / "replica-1", "max_concurrent": 2}),
-        ("nano", {"prefix_folder": None}),
+        ("nano", {"prefix_folder": tmp_path / "replica-1", "device": "cpu", "cache_memory": 200}),
+        ("nano", {"prefix_folder": None, "cache_memory": 7}),
     ]
