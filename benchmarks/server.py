@@ -131,7 +131,7 @@ async def call(server: Server, what: str, body: Any = None) -> tuple[int, bytes]
 async def write(writer: asyncio.StreamWriter, what: str, body: Any) -> None:
     """Send a request of one connection."""
     data = b"" if body is None else json.dumps(body).encode()
-    head = f"{what} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n"
+    head = f"{what} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: {len(data)}\r\n"
     writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + data)
     await writer.drain()
 
