@@ -111,6 +111,7 @@ class Answer:
     tokens: int = 0
     whole: bool = False  # whether the end was seen
     error: str = ""
+    come_back: float = 0.0  # seconds, as Retry-After says
 
     @property
     def pace(self) -> float:
@@ -142,7 +143,10 @@ async def stream(server: Server, body: dict[str, Any]) -> Answer:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 22)
     try:
         await write(writer, "POST /v1/chat/completions", body | {"stream": True})
-        answer.status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+        head = await reader.readuntil(b"\r\n\r\n")
+        answer.status = int(head.split()[1])
+        told = re.search(rb"(?i)retry-after: (\d+)", head)
+        answer.come_back = float(told[1]) if told else 0.0
         while line := await reader.readline():
             if line.startswith(b'data: {"error'):
                 answer.error = line.decode()
@@ -169,7 +173,7 @@ def question(model: str, source: random.Random, tokens: int, words: int = 40) ->
 
 
 async def keep_asking(server: Server, args: argparse.Namespace, number: int, seconds: float) -> list[Answer]:
-    """`number` clients, each asking again as soon as it was answered; one that is turned away waits half a second."""
+    """`number` clients that ask again once they are answered, or about when one that was turned away may return."""
     end, answers = time.perf_counter() + seconds, []
 
     async def client(seed: int) -> None:
@@ -177,7 +181,7 @@ async def keep_asking(server: Server, args: argparse.Namespace, number: int, sec
         while time.perf_counter() < end:
             answers.append(await stream(server, question(args.name, source, args.tokens)))
             if answers[-1].status != 200:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(answers[-1].come_back * source.uniform(0.5, 1.5))
 
     async def watch() -> None:
         while time.perf_counter() < end:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hadal.engine import SamplingParams
+from hadal.engine import Logprob, SamplingParams
 from hadal.llm import LLM, Generation
 from hadal.text.tokens import DSML
 from tests.fakes import scripted_llm
@@ -69,3 +71,31 @@ def test_damage_to_calls_is_counted(written: str, counts: tuple[int, int, int]) 
     assert bool(made.tool_calls) == (CALL in written)
     assert made.finish_reason == ("tool_calls" if made.tool_calls else "stop")
     assert "".join((made.reasoning or "", made.text)) == written.replace("</think>", "").replace(CALL, "")
+
+
+@pytest.mark.parametrize("stop", [[], ["two"]])
+@given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=30))
+def test_what_an_answer_counts_does_not_depend_on_how_many_tokens_come_at_once(
+    llm: LLM, stop: list[str], sizes: list[int]
+) -> None:
+    written = [*llm.tokenizer.encode("I think so</think>one. two. three."), llm.tokenizer.eos_id]
+
+    def tell(sizes: list[int]) -> tuple[Any, ...]:
+        params = SamplingParams(max_tokens=300, stop=stop, logprobs=0)
+        (generation,) = llm.prepare_chat(ask("greet"), params)
+        request, reasons, shown = generation.request, 0, 0
+        while generation.finish_reason is None:
+            for _ in range(sizes[shown % len(sizes)]):
+                if not request.finished:
+                    token = written[len(request.output_ids)]
+                    request.append(token, {token: Logprob(-1.0, 1)}, llm.tokenizer.eos_id)
+            delta = generation.advance()
+            shown, reasons = shown + 1, reasons + delta.reasons
+            assert len(delta.logprobs) == len(delta.token_ids)
+        made = generation.output()
+        assert reasons == generation.reasoning_tokens and generation.tokens == len(made.token_ids) == len(made.logprobs)
+        return made.text, made.reasoning, made.token_ids, reasons, made.finish_reason
+
+    alone = tell([1])
+    assert alone[3] == len(llm.tokenizer.encode("I think so</think>"))
+    assert tell(sizes) == alone

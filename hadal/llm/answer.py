@@ -51,7 +51,7 @@ class Delta:
     tool_calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, Logprob], ...] = ()
-    reasons: bool = False  # whether the tokens belong to the reasoning
+    reasons: int = 0  # how many of the tokens, the first ones, belong to the reasoning
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -111,38 +111,64 @@ class Generation:
         self._tool_calls: list[ToolCall] = []
 
     def advance(self) -> Delta:
-        """Turn the tokens that the engine added since the last call into a delta."""
-        request = self.request
-        ids = tuple(request.output_ids[self._seen :])
-        logprobs = tuple(self._named(entry) for entry in request.logprobs[self._seen :])
+        """Turn the tokens that the engine added since the last call into a delta.
+
+        A step with drafts may have added tokens behind a stop string or on both sides of the thinking's end, so such
+        tokens are taken one by one: what counts does not depend on how many came at once.
+        """
+        request, begin = self.request, self._seen
+        new = request.output_ids[begin:]
+        careful = len(new) > 1 and (bool(request.params.stop) or (self._parser is not None and self._parser.thinks))
+        groups = [[i] for i in new] if careful else [new]
+        told: list[tuple[str, str, list[ToolCall]]] = []
+        reasons = 0
+        for n, group in enumerate(groups, 1):
+            reasons += len(group) * (self._parser is not None and self._parser.thinks)
+            told.append(self._take(group, request.finished and n == len(groups)))
+            if self._stops.matched is not None:
+                break
+        texts, reasonings, calls = zip(*told, strict=True)
+        self.reasoning_tokens += reasons
+        self.finish_reason = "stop" if self._stops.matched is not None else request.finish_reason
+        if self.finish_reason == "stop" and self._tool_calls:
+            self.finish_reason = "tool_calls"
+        ids = tuple(request.output_ids[begin : self._seen])
+        logprobs = tuple(self._named(entry) for entry in request.logprobs[begin : self._seen])
+        made = tuple(call for some in calls for call in some)
+        return Delta(
+            "".join(texts), "".join(reasonings), made, ids, logprobs, reasons, self.finish_reason, request.error
+        )
+
+    def _take(self, ids: list[int], last: bool) -> tuple[str, str, list[ToolCall]]:
+        """Text, reasoning and calls that became certain with these tokens."""
         self._seen += len(ids)
-        reasons = self._parser is not None and self._parser.thinks
-        self.reasoning_tokens += len(ids) * reasons
         # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
-        shown = ids[:-1] if request.finish_reason == "stop" else ids
+        shown = ids[:-1] if last and self.request.finish_reason == "stop" else ids
         piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
-        if request.finished:
+        if last:
             piece += self._decoder.finish()
-        reasoning, content, calls = self._parse(piece, request.finished)
+        reasoning, content, calls = self._parse(piece, last)
         text = self._stops.feed(content)
-        if request.finished:
+        if last:
             text += self._stops.finish()
         self._text += text
         self._reasoning += reasoning
         self._tool_calls += calls
-        self.finish_reason = "stop" if self._stops.matched is not None else request.finish_reason
-        if self.finish_reason == "stop" and self._tool_calls:
-            self.finish_reason = "tool_calls"
-        return Delta(text, reasoning, tuple(calls), ids, logprobs, reasons, self.finish_reason, request.error)
+        return text, reasoning, calls
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the answer so far; those that a step computed behind a stop string are none."""
+        return self._seen
 
     def output(self) -> CompletionOutput:
         """The answer so far."""
         request = self.request
-        logprobs = None if request.params.logprobs is None else [self._named(entry) for entry in request.logprobs]
+        logprobs = None if request.params.logprobs is None else [self._named(e) for e in request.logprobs[: self._seen]]
         return CompletionOutput(
             index=request.stream,
             text=self._text,
-            token_ids=list(request.output_ids),
+            token_ids=request.output_ids[: self._seen],
             reasoning=self._reasoning if self._thinks or self._reasoning else None,
             tool_calls=list(self._tool_calls),
             logprobs=logprobs,

@@ -106,7 +106,7 @@ class Ticket:
 def join(a: Delta, b: Delta) -> Delta | None:
     """Both deltas as one, or None where their order would be lost: reasoning comes before text before tool calls."""
     out_of_order = (a.tool_calls and (b.text or b.reasoning)) or (a.text and b.reasoning)
-    if out_of_order or a.reasons != b.reasons:
+    if out_of_order or (b.reasons and a.reasons < len(a.token_ids)):
         return None
     return replace(
         b,
@@ -115,6 +115,7 @@ def join(a: Delta, b: Delta) -> Delta | None:
         tool_calls=a.tool_calls + b.tool_calls,
         token_ids=a.token_ids + b.token_ids,
         logprobs=a.logprobs + b.logprobs,
+        reasons=a.reasons + b.reasons,
     )
 
 

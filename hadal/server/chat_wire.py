@@ -114,9 +114,10 @@ class ChatWire:
         return {"tool_calls": calls} if calls else None
 
     def _logprobs_of(self, delta: Delta) -> dict[str, Any] | None:
-        if self._logprobs is None or not delta.logprobs or (delta.reasons and not self._shown):
+        thought, said = delta.logprobs[: delta.reasons], delta.logprobs[delta.reasons :]
+        if self._logprobs is None or not (said or (thought and self._shown)):
             return None
-        return self._both(delta.logprobs, ()) if delta.reasons else self._both((), delta.logprobs)
+        return self._both(thought, said)
 
     def _both(self, thought: Sequence[Any], said: Sequence[Any]) -> dict[str, Any]:
         top, tokenizer = self._logprobs or 0, self._context.tokenizer

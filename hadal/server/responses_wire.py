@@ -66,7 +66,7 @@ class ResponsesWire:
         (output,) = outputs
         logprobs = tuple(output.logprobs or ())[self._generation.reasoning_tokens :]
         everything = Delta(
-            output.text, output.reasoning or "", tuple(output.tool_calls), (), logprobs, False, output.finish_reason
+            output.text, output.reasoning or "", tuple(output.tool_calls), (), logprobs, 0, output.finish_reason
         )
         *_, last = self._tell(everything, usage)
         assert isinstance(last.data, dict)
@@ -74,9 +74,8 @@ class ResponsesWire:
         return response
 
     def _tell(self, delta: Delta, usage: Usage | None) -> Iterator[Event]:
-        if not delta.reasons:
-            top = self._generation.request.params.logprobs or 0
-            self._untold += chat_logprobs(delta.logprobs, top, self._context.tokenizer)
+        top = self._generation.request.params.logprobs or 0
+        self._untold += chat_logprobs(delta.logprobs[delta.reasons :], top, self._context.tokenizer)
         for kind, piece in (("reasoning", delta.reasoning), ("message", delta.text)):
             if piece:
                 yield from self._say(kind, piece)

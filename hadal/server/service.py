@@ -277,7 +277,7 @@ class Service:
         generations, samples = seat.ticket.generations, seat.ask.samples
         hit = sum(g.request.cached_tokens or 0 for g in generations[::samples])
         prompt = _prompt_tokens(generations, samples)
-        output = sum(len(g.request.output_ids) for g in generations)
+        output = sum(g.tokens for g in generations)
         reasoning = sum(g.reasoning_tokens for g in generations)
         cost = self.accounts.cost(hit, prompt - hit, output, _moment(seat.visit.received))
         seat.visit.cost = cost
