@@ -120,7 +120,9 @@ def _machine(isa: Isa) -> Any:
     triple = llvm.get_default_triple() if native else _TRIPLE.get(isa.name, "x86_64-unknown-linux-gnu")
     features = ",".join(f"+{f}" for f in _FEATURES[isa.name])
     target = llvm.Target.from_triple(triple)
-    return target.create_target_machine(cpu=_CPU[isa.name], features=features, opt=3, reloc="pic", codemodel="small")
+    # Code and constants are mapped apart; with gigabytes of weights between them 32-bit distances would not reach.
+    model = "small" if isa.name == "neon" else "large"
+    return target.create_target_machine(cpu=_CPU[isa.name], features=features, opt=3, reloc="pic", codemodel=model)
 
 
 def _optimised(text: str, machine: Any) -> Any:
@@ -175,7 +177,7 @@ class Library:
 def _object(key: str) -> Path:
     import llvmlite.binding as llvm
 
-    return cache_folder() / "kernels" / f"{key}-{'.'.join(map(str, llvm.llvm_version_info))}.o"
+    return cache_folder() / "kernels" / f"{key}-{'.'.join(map(str, llvm.llvm_version_info))}-large.o"
 
 
 def keep(path: Path, data: bytes) -> None:

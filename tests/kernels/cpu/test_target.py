@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import re
+import struct
 import sys
 from collections.abc import Callable, Set
 from pathlib import Path
@@ -175,6 +176,27 @@ def test_neon_code_is_emitted_on_any_processor() -> None:
     emit_runner(runner, neon)
     code = assembly(runner.text(), neon)
     assert set(CALL.findall(code)) <= {"sched_yield", "run"} and "sched_yield" in code
+
+
+@pytest.mark.skipif(not X86, reason="relocations of x86 objects are read")
+def test_objects_reach_their_constants_wherever_these_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HADAL_CACHE", str(tmp_path))
+    isa = Isa(instruction_sets()[0])
+    Library(emit_few(isa).text(), isa, "few")
+    (kept,) = (tmp_path / "kernels").iterdir()
+    kinds = relocations(target.kept(kept) or b"")
+    # 32-bit distances of the ELF ABI: PC32, PLT32, GOTPCREL, 32, 32S and the relaxable forms of GOTPCREL.
+    assert kinds and not kinds & {2, 4, 9, 10, 11, 41, 42}
+
+
+def relocations(elf: bytes) -> set[int]:
+    """The kinds of relocation in an ELF64 object."""
+    start, (size, count) = struct.unpack_from("<Q", elf, 40)[0], struct.unpack_from("<HH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + size * i) for i in range(count)]
+    tables = [(offset, length) for _, kind, _, _, offset, length in headers if kind == 4]
+    return {struct.unpack_from("<I", elf, o + i + 8)[0] for o, n in tables for i in range(0, n, 24)}
 
 
 def loops(code: str) -> list[list[str]]:
