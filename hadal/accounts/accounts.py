@@ -54,15 +54,15 @@ class Accounts:
         self._clock = clock
         self.price_list = price_list
         folder = folder or tables.data_folder()
-        self._engine = tables.open_database(url or sa.URL.create("sqlite", database=str(folder / "hadal.db")))
+        self.database = tables.open_database(url or sa.URL.create("sqlite", database=str(folder / "hadal.db")))
         try:
-            self.keys = Keys(self._engine, clock)
+            self.keys = Keys(self.database, clock)
             self._gate = Gate(clock)
             self._load([], list)
         except sa.exc.SQLAlchemyError as error:
             raise AccountsError(f"cannot read the accounts ({cause(error)}); check the database") from None
-        spool = tables.spool_of(self._engine, folder)
-        self._ledger = Ledger(self._engine, spool, self._gate.lock, self._follow)
+        spool = tables.spool_of(self.database, folder)
+        self._ledger = Ledger(self.database, spool, self._gate.lock, self._follow)
         self._ledger.start()
 
     @property
@@ -124,12 +124,12 @@ class Accounts:
         self, since: datetime | None = None, until: datetime | None = None, by: tuple[str, ...] = ()
     ) -> list[Usage]:
         """Sums over the ledger; see `sum_usage`."""
-        return sum_usage(self._engine, since, until, by)
+        return sum_usage(self.database, since, until, by)
 
     def close(self) -> None:
         """Write what waits and let go of the database."""
         self._ledger.close()
-        self._engine.dispose()
+        self.database.dispose()
 
     def __enter__(self) -> Accounts:
         return self
@@ -140,12 +140,12 @@ class Accounts:
     def _follow(self) -> None:
         """Take over what other processes changed; runs in the ledger's thread, so no row is half written."""
         self.keys.refresh()
-        self._load(book_keeping.others(self._engine, self._ledger.server), self._ledger.unsaved)
+        self._load(book_keeping.others(self.database, self._ledger.server), self._ledger.unsaved)
 
     def _load(self, elsewhere: list[tuple[str, int, int, int]], waiting: Callable[[], list[UsageRow]]) -> None:
         table, now = tables.totals.c, self._now()
         query = sa.select(table.period, table.key, table.tokens, table.cost).where(table.period.in_(periods(now)))
-        with self._engine.connect() as connection:
+        with self.database.connect() as connection:
             totals = [(period, key, tokens, cost) for period, key, tokens, cost in connection.execute(query)]
         with self._gate.lock:
             unsaved = [

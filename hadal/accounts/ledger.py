@@ -84,11 +84,13 @@ class Ledger:
     @property
     def healthy(self) -> bool:
         """Whether rows can be kept, in the database or in the spool."""
-        return self._lost is None
+        return self._lost is None and self._thread.is_alive()
 
     @property
     def problem(self) -> str | None:
         """One sentence on what is wrong, or None."""
+        if not self._thread.is_alive():
+            return "the ledger's thread has ended and no row is kept; see the log and start the server again"
         if self._lost:
             return f"the ledger cannot keep rows: the database says {self._away}, the spool {self._lost}; make room"
         return self._away and f"the ledger waits for its database ({self._away}); rows are kept in {self._spool}"
@@ -220,10 +222,10 @@ class Ledger:
         rows = []
         for file in files:
             try:
-                rows += [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+                rows += [_read_row(line) for line in file.read_text("utf-8").splitlines()]
             except FileNotFoundError:  # another server has taken it in
                 continue
-            except ValueError as error:
+            except (ValueError, TypeError, OverflowError, RecursionError, IsADirectoryError) as error:
                 _log.error("%s is damaged (%s) and kept under the name .damaged", file, error)
                 file.rename(file.with_suffix(".damaged"))
         if rows:
@@ -235,6 +237,22 @@ class Ledger:
         if self._away is None:
             _log.warning("the ledger's database takes no rows (%s); they go to %s", cause(error), self._spool)
         self._away = cause(error)
+
+
+def _read_row(line: str) -> dict[str, Any]:
+    """A row as the spool keeps it; ValueError and the like for anything that the database would stumble over."""
+    row = json.loads(line)
+    columns = tables.ledger.c
+    if not isinstance(row, dict) or row.keys() != set(columns.keys()):
+        raise ValueError("a line has other columns than the ledger")
+    for name, value in row.items():
+        kind = columns[name].type.python_type
+        if (value is None and columns[name].nullable) or (type(value) is int and kind is float):
+            continue
+        if type(value) is not kind or "\0" in str(value).encode().decode() or (kind is int and abs(value) >> 62):
+            raise ValueError(f"{name!r} cannot be {str(value)[:80]!r}")
+    datetime.fromtimestamp(row["time"] / 1000, UTC)
+    return row
 
 
 def others(engine: Engine, server: str) -> list[tuple[str, int, int, int]]:

@@ -1,9 +1,9 @@
 """Who may begin a request now: the limits of each key against what it has used and what it has under way.
 
-Rates are counted in seconds of the wall clock, so that what other servers report can be added: no 60 seconds ever
-see more than the limit, and a request may wait up to a second more than it must. Money and tokens of a period are
-reserved at their most before a request begins, so that a budget is never exceeded whatever runs at once; what was not
-used is free again when it ends.
+Rates are counted in seconds of the wall clock, so that what other servers report can be added, and a request may wait
+up to a second more than it must. What a request may need at most is reserved before it begins, so that a budget is
+never exceeded whatever runs at once; what was not used is free again when it ends. Tokens per minute are reserved the
+same way, but a request that is alone needs room for its prompt only: most answers stay far below their limit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class LimitReached(Exception):
 
     def __init__(self, message: str, status: int, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
         self.status = status
         self.retry_after = retry_after
 
@@ -36,6 +35,7 @@ class _Meter:
     """What one key uses. A use is (tokens, trillionths of a dollar), a rate is (requests, tokens)."""
 
     running: int = 0
+    answers: int = 0  # tokens that what runs may answer yet
     reserved: tuple[int, int] = (0, 0)
     used: dict[str, tuple[int, int]] = field(default_factory=dict)  # by period
     here: dict[int, tuple[int, int]] = field(default_factory=dict)  # by second
@@ -54,18 +54,12 @@ class Hold:
         if leave:
             leave()
 
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
 
 class Gate:
     """Lets requests in, key by key. `lock` guards all of it and may be held around several calls."""
 
-    def __init__(self, clock: Callable[[], float], lock: threading.Condition | None = None) -> None:
-        self.lock = lock or threading.Condition()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.lock = threading.Condition()
         self._clock = clock
         self._meters: dict[str, _Meter] = {}
 
@@ -82,15 +76,18 @@ class Gate:
                     f"this key may have {limits.concurrent} requests under way; wait until one has ended", 429, _SOON
                 )
             _check_rate(meter, 0, 1, limits.requests_per_minute, "requests", now)
-            _check_rate(meter, 1, tokens, limits.tokens_per_minute, "tokens", now)
+            held = meter.answers + output if meter.running else 0
+            _check_rate(meter, 1, tokens, limits.tokens_per_minute, "tokens", now, held)
             _check_period(meter, limits, most, now)
             meter.running += 1
+            meter.answers += output
             meter.reserved = _sum(meter.reserved, most)
             meter.here[int(now)] = _sum(meter.here.get(int(now), (0, 0)), (1, tokens))
 
         def leave() -> None:
             with self.lock:
                 meter.running -= 1
+                meter.answers -= output
                 meter.reserved = (meter.reserved[0] - most[0], meter.reserved[1] - most[1])
 
         return Hold(leave)
@@ -151,7 +148,7 @@ def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _check_rate(meter: _Meter, which: int, more: int, limit: int | None, what: str, now: float) -> None:
+def _check_rate(meter: _Meter, which: int, more: int, limit: int | None, what: str, now: float, held: int = 0) -> None:
     if limit is None:
         return
     if more > limit:
@@ -160,8 +157,13 @@ def _check_rate(meter: _Meter, which: int, more: int, limit: int | None, what: s
         )
     seconds = sorted([*meter.here.items(), *meter.elsewhere.items()])
     recent = sum(counts[which] for _, counts in seconds)
-    if recent + more <= limit:
+    if recent + more + held <= limit:
         return
+    if recent + more <= limit:
+        raise LimitReached(
+            f"this key may use {limit} {what} per minute, which requests under way may need; try again when they have "
+            "ended, or lower max_tokens", 429, _SOON,
+        )  # fmt: skip
     for second, counts in seconds:
         recent -= counts[which]
         if recent + more <= limit:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 PICO = 10**12  # money is stored in whole trillionths of a dollar: exact for any price list
-_LOCK = 0x6861_6461  # PostgreSQL's advisory lock while a schema changes
+_LOCK = 0x6861_6461  # the number of PostgreSQL's advisory lock
 
 
 class AccountsError(ValueError):
@@ -110,11 +110,26 @@ def open_database(url: str | sa.URL) -> Engine:
 
 def spool_of(engine: Engine, folder: Path) -> Path:
     """Where rows wait for this database and no other: beside its file, or in `folder` when it is on a server."""
+    if engine.dialect.name == "sqlite":
+        return Path(f"{Path(engine.url.database or '').absolute()}-spool")
+    return folder / f"spool-{name_of(engine, folder)}"
+
+
+def name_of(engine: Engine, folder: Path) -> str:
+    """12 hex digits for this database and no other; a file within `folder` keeps them when the folder is moved."""
     at = engine.url
-    if at.get_backend_name() == "sqlite":
-        return Path(f"{Path(at.database or '').absolute()}-spool")
-    name = hashlib.sha256(f"{at.host}:{at.port}/{at.database}".encode()).hexdigest()[:12]
-    return folder / f"spool-{name}"
+    sqlite = engine.dialect.name == "sqlite"
+    at_home = sqlite and os.path.relpath(os.path.realpath(at.database or ""), os.path.realpath(folder))
+    where = at_home or f"{at.host}:{at.port}/{at.database}"
+    return hashlib.sha256(where.encode()).hexdigest()[:12]
+
+
+def lock(connection: Connection) -> None:
+    """Let no other process change the schema, nor whatever else is locked so, until the transaction ends."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+    else:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def insert_new(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> set[str]:
@@ -186,11 +201,7 @@ def _version(connection: Connection) -> int:
 
 
 def _bring_forward(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-    else:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    # From here on one of several servers that start at once does the work and the others wait.
+    lock(connection)  # of several servers that start at once, one does the work and the others wait
     meta.create(connection, checkfirst=True)
     add(connection, meta, [{"name": "schema", "value": 0}], "value")
     version = _version(connection)

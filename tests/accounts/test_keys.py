@@ -93,7 +93,7 @@ def test_a_burst_of_callers_costs_no_query(opened: Open) -> None:
     accounts = opened()
     _, secret = accounts.keys.create("alice")
     queries = []
-    sa.event.listen(accounts._engine, "before_cursor_execute", lambda *call: queries.append(call[2]))
+    sa.event.listen(accounts.database, "before_cursor_execute", lambda *call: queries.append(call[2]))
     began = time.monotonic()
     for _ in range(2000):
         assert accounts.find(secret) and not accounts.find(secret + "x")

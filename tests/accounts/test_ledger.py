@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import signal
 import sqlite3
@@ -22,6 +23,7 @@ import pytest
 import sqlalchemy as sa
 
 from hadal.accounts import Accounts, AccountsError, UsageRow, tables
+from hadal.accounts.keys import Keys
 from tests.accounts.test_keys import soon
 
 Open = Callable[..., Accounts]
@@ -40,7 +42,7 @@ def record(accounts: Accounts, *ids: str, seconds: float = 10) -> None:
 def sums(accounts: Accounts) -> tuple[int, Decimal, int]:
     """Requests and cost by the ledger, and trillionths by the totals."""
     (one,) = accounts.usage()
-    with accounts._engine.connect() as connection:
+    with accounts.database.connect() as connection:
         query = sa.select(tables.totals.c.cost).where(tables.totals.c.period == "total")
         return one.requests, one.cost, connection.execute(query).scalar_one()
 
@@ -106,7 +108,7 @@ def test_a_process_killed_while_the_database_is_locked_loses_none_either(tmp_pat
 
 def test_many_streams_share_commits(opened: Open) -> None:
     accounts, commits = opened(), []
-    sa.event.listen(accounts._engine, "commit", lambda connection: commits.append(1))
+    sa.event.listen(accounts.database, "commit", lambda connection: commits.append(1))
     barrier = threading.Barrier(8)
 
     def stream(number: int) -> None:
@@ -187,6 +189,39 @@ def test_a_damaged_spool_file_is_put_aside_and_the_others_are_taken_in(tmp_path:
     assert soon(lambda: sums_or_none(accounts) is not None, 5)
     assert [file.name for file in spool.iterdir()] == ["0.damaged"]
     record(accounts, "c")
+
+
+def spooled(**fields: object) -> str:
+    whole = {name: value for name, value in vars(row("b")).items()} | {"recorded": 1, "server": "s"}
+    return json.dumps(whole | {"time": 10**12, "cost": 1} | fields)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[1]", "7", "[" * 10**5, spooled(more=1), spooled(id=None), spooled(time="now"), spooled(time=10**18),
+     spooled(cost=1.5), spooled(miss=True), spooled(output=2**70), spooled(user="\0"), spooled(user="\ud800")],
+)  # fmt: skip
+def test_no_spool_file_stops_the_ledger(opened: Open, url: str, tmp_path: Path, text: str) -> None:
+    accounts = opened(url)
+    spool = tables.spool_of(accounts.database, tmp_path)
+    spool.mkdir()
+    (spool / "1.jsonl").mkdir()
+    for name, line in (("0", text), ("2", spooled())):
+        (spool / "part").write_text(line + "\n")
+        (spool / "part").rename(spool / f"{name}.jsonl")
+    assert soon(lambda: {file.name for file in spool.iterdir()} == {"0.damaged", "1.damaged"}, 10)
+    assert soon(lambda: sums_or_none(accounts) is not None, 10)
+    assert accounts.healthy and accounts.problem is None and accounts.usage()[0].requests == 1
+    secret = Keys(accounts.database, time.time).create("alice")[1]  # as another process would
+    assert soon(lambda: accounts.find(secret) is not None, 10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_ledger_whose_thread_has_ended_is_not_healthy(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = opened()
+    monkeypatch.setattr(accounts.keys, "refresh", lambda: 1 / 0)
+    assert soon(lambda: not accounts.healthy, 10)
+    assert "thread has ended" in str(accounts.problem)
 
 
 def test_rows_that_nothing_can_keep_fail_and_health_comes_back(tmp_path: Path, opened: Open) -> None:

@@ -53,9 +53,8 @@ def test_requests_under_way_are_limited_until_one_leaves() -> None:
     assert (refused.status, refused.retry_after) == (429, 1.0)
     first.leave()
     first.leave()  # once is enough
-    with stage.enter(two):
-        assert stage.refused(two).status == 429
     stage.enter(two)
+    assert stage.refused(two).status == 429
 
 
 @given(
@@ -93,6 +92,51 @@ def test_answered_tokens_count_when_they_are_recorded() -> None:
     refused = stage.refused(limits, 1)
     assert 60 <= refused.retry_after <= 61
     assert stage.refused(limits, 101).retry_after is None
+
+
+def test_several_answers_at_once_fit_at_their_largest_and_one_alone_always() -> None:
+    stage, limits = Stage(), key(tokens_per_minute=100)
+    large = stage.enter(limits, 30, output=10**6)  # no answer needs to be cut short for the limit's sake
+    later = stage.refused(limits, 1)
+    assert (later.status, later.retry_after) == (429, 1.0) and "under way" in str(later)
+    stage.spend(limits, prompt=30, output=5)
+    large.leave()
+    first, _ = stage.enter(limits, 10, output=20), stage.enter(limits, 10, output=15)
+    assert stage.refused(limits, 1, output=10).retry_after == 1.0
+    first.leave()  # of 20 it needed none
+    stage.enter(limits, 1, output=10)
+    stage.now += 61  # the prompts have left the minute, the answers under way are still to come
+    assert stage.refused(limits, 1, output=75).retry_after == 1.0
+    stage.enter(limits, 1, output=74)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 120), st.floats(0, 1), st.booleans()),
+        max_size=60,
+    )
+)
+def test_a_minute_goes_beyond_its_tokens_by_one_answer_at_most(
+    steps: list[tuple[int, int, int, float, bool]],
+) -> None:
+    stage, limits, largest = Stage(), key(tokens_per_minute=100), 120
+    under_way: list[tuple[Hold, int]] = []
+    uses: list[tuple[float, int]] = []
+    for wait, tokens, output, share, ends in steps:
+        stage.now += wait
+        if ends and under_way:
+            hold, most = under_way.pop(0)
+            stage.spend(limits, output=int(most * share))
+            uses.append((stage.now, int(most * share)))
+            hold.leave()
+        else:
+            alone, recent = not under_way, sum(n for at, n in uses if at > stage.now - 61)
+            try:
+                under_way.append((stage.enter(limits, tokens, output), output))
+                uses.append((stage.now, tokens))
+            except LimitReached:
+                assert recent + tokens + (0 if alone else output + sum(n for _, n in under_way)) > 100
+        assert sum(n for at, n in uses if at > stage.now - 60) <= 100 + largest
 
 
 @given(
@@ -134,7 +178,7 @@ def test_a_budget_is_renewed_with_its_period(period: str, renewed: str | None) -
     stage, limits = Stage(), key(budget=Decimal(1), period=period)
     stage.spend(limits, cost="1")
     refused = stage.refused(limits, cost="0.01")
-    assert refused.status == 402 and "used up" in refused.message
+    assert refused.status == 402 and "used up" in str(refused)
     border = datetime.fromisoformat(renewed or "2036-01-01T00:00").replace(tzinfo=UTC).timestamp()
     stage.now = border - 1
     assert stage.refused(limits, cost="0.01").status == 402
@@ -148,7 +192,7 @@ def test_a_budget_is_renewed_with_its_period(period: str, renewed: str | None) -
 def test_the_refusal_says_what_is_left_and_what_to_do() -> None:
     stage, limits = Stage(), key(budget=Decimal(1), period="day")
     stage.spend(limits, cost="0.75")
-    assert stage.refused(limits, cost="0.5").message == (
+    assert str(stage.refused(limits, cost="0.5")) == (
         "this key's budget of $1 for 2026-11-30 (UTC) has $0.25 left and this request may need $0.5; lower max_tokens"
     )
     stage.enter(limits, cost="0.25")

@@ -80,7 +80,7 @@ def test_usage_equals_a_recount(rows: list[UsageRow], by: list[str], first: int,
 
 
 def _totals(accounts: Accounts) -> dict[tuple[str, str], int]:
-    with accounts._engine.connect() as connection:
+    with accounts.database.connect() as connection:
         return {(row.period, row.key): row.cost for row in connection.execute(sa.select(tables.totals))}
 
 
