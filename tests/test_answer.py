@@ -56,17 +56,17 @@ def test_calls_are_kept_as_they_were_spelled(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "counts"),
+    ("written", "malformed"),
     [
-        (f"hm</think>so{CALL}", (0, 0, 0)),
-        (f"hm</think>so\n\n<{DSML}tool_calls>\noops", (1, 0, 0)),
-        (f"hm</think>so</{DSML}invoke>", (0, 1, 0)),
-        (f"I must look{CALL}", (0, 0, 1)),
+        (f"hm</think>so{CALL}", 0),
+        (f"hm</think>so\n\n<{DSML}tool_calls>\noops", 1),
+        (f"hm</think>so</{DSML}invoke>", 0),
+        (f"I must look{CALL}", 0),
     ],
 )
-def test_damage_to_calls_is_counted(written: str, counts: tuple[int, int, int]) -> None:
+def test_damage_to_calls_is_counted(written: str, malformed: int) -> None:
     generation = answer(scripted_llm({"question": written}), "question")
-    assert (generation.malformed, generation.stray, generation.thought_calls) == counts
+    assert generation.malformed == malformed
     made = generation.output()
     assert bool(made.tool_calls) == (CALL in written)
     assert made.finish_reason == ("tool_calls" if made.tool_calls else "stop")

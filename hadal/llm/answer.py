@@ -97,7 +97,7 @@ class Generation:
         self.request = request
         self.prompt = prompt
         self.reasoning_tokens = 0
-        self.malformed = self.stray = self.thought_calls = 0  # as OutputParser counts them
+        self.malformed = 0  # as OutputParser counts it
         self.finish_reason: FinishReason | None = None
         self.inbox: deque[Delta] | None = None  # deltas that a stream has yet to hand out
         self._tokenizer = tokenizer
@@ -206,8 +206,7 @@ class Generation:
         if self._parser is None:
             return "", piece, []
         events = self._parser.feed(piece) + (self._parser.finish() if last else [])
-        self.malformed, self.stray = self._parser.malformed, self._parser.stray
-        self.thought_calls = self._parser.thought_calls
+        self.malformed = self._parser.malformed
         reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
         content = "".join(e.text for e in events if isinstance(e, Content))
         calls = [e for e in events if isinstance(e, WrittenCall)]
