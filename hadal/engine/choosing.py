@@ -56,7 +56,8 @@ class Choosing:
         choices = iter(self._sampler.choose(logits_RV, draws))
         for w in chosen:
             own = list(itertools.islice(choices, w.rows))
-            self._give(w, [Choice(error=failed[w.request])] if w.request in failed else own)
+            w.request.stuck = w.request in failed
+            self._give(w, [Choice(error=failed[w.request])] if w.request.stuck else own)
         return ready + [w.request for w in chosen]
 
     def _give(self, w: Work, choices: Sequence[Choice]) -> None:

@@ -210,6 +210,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # of the prompt's tokens as far as it is computed
     finish_reason: FinishReason | None = None
     error: str | None = None
+    stuck: bool = False  # the error is of its constraint, which lets no token follow, and not of the engine
     state: Any = None  # the model's state of this sequence while it runs
     admitted: float | None = None  # when it first got a state, by time.monotonic
     cached_tokens: int | None = None  # prompt tokens found in the prefix store when it first ran

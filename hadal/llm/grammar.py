@@ -25,7 +25,9 @@ from hadal.text.tokens import DSML, THINK_CLOSE
 ToolChoice = str | Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
-_KEPT = 64  # compiled grammars; the tools of a conversation come back with each of its turns
+_KEPT = 16  # compiled grammars; the tools of a conversation come back with each of its turns
+# What a first mask may cost: the default admits grammars of a few bytes that take seconds and hundreds of megabytes.
+_LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=100_000)
 _START = json.dumps("\n\n<")  # what opens a block of calls, before the first DSML token
 # Whitespace in JSON: none, a blank, or a line end with its indentation, so that a model cannot go on with it for ever.
 _STYLE = {"whitespace_pattern": r"[ \t]?|\r?\n[ \t]{0,64}"}
@@ -55,8 +57,6 @@ class Guide:
         self._over = False  # the answer ended, and yet goes on
         self._matcher: llguidance.LLMatcher | None = None  # once a grammar rules
         self._matched = 0  # tokens that it took
-        if rules.answer is not None and not rules.thinking:
-            self._matcher = rules.answer.deep_copy()
 
     @property
     def rules(self) -> bool:
@@ -76,6 +76,8 @@ class Guide:
         return self._look_ahead(output_ids, drafts, cut=False)
 
     def _look_ahead(self, output_ids: Sequence[int], drafts: Sequence[int], cut: bool) -> list[np.ndarray | None]:
+        if self._seen == 0 and not self._rules.thinking:  # only now: what waits for its turn holds no copy
+            self._begin(self._rules.answer)
         for i in range(self._seen, len(output_ids)):
             self._take(output_ids[i])
         before = self._seen, self._last, self._matcher, self._matched
@@ -91,6 +93,9 @@ class Guide:
             self._matcher.rollback(matched - self._matched)
         return masks
 
+    def _begin(self, grammar: llguidance.LLMatcher | None) -> None:
+        self._matcher = None if grammar is None else grammar.deep_copy()
+
     def _take(self, token: int) -> None:
         rules = self._rules
         if self._matcher is not None:
@@ -98,10 +103,10 @@ class Guide:
             if not self._over:
                 self._matcher.consume_token(token)
                 self._matched += 1
-        elif token == rules.think_close and rules.answer is not None:
-            self._matcher = rules.answer.deep_copy()
-        elif token == rules.dsml and rules.calls is not None and self._opened():
-            self._matcher = rules.calls.deep_copy()
+        elif token == rules.think_close:
+            self._begin(rules.answer)
+        elif token == rules.dsml and self._opened():
+            self._begin(rules.calls)
         self._seen, self._last = self._seen + 1, token
 
     def _opened(self) -> bool:
@@ -122,8 +127,12 @@ class Guide:
             return None
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._rules.tokenizer.vocab_size // 8)]
         if self._matcher.is_error():
-            raise ConstraintError(f"no token satisfies the grammar of this answer ({_reason(self._matcher)})")
+            raise ConstraintError(f"the answer cannot go on within its grammar ({_reason(self._matcher)}); simplify it")
         return mask
+
+
+class _Unusable(Exception):
+    """A grammar that cannot be compiled or admits nothing; the message says why."""
 
 
 class Grammars:
@@ -164,10 +173,10 @@ class Grammars:
         block = self._compile(_join(None, calls=parts["calls"])) if chosen else None
         start = None
         if mode in ("required", "named"):
-            start = self._compile(_join(f"start: {_START} <[{self._dsml}]> @calls", calls=parts["calls"]))
+            start = self._combine(f"start: {_START} <[{self._dsml}]> @calls", calls=parts["calls"])
         elif structured is not None:
             either = f"start: @answer | {_START} <[{self._dsml}]> @calls" if chosen else None
-            start = self._compile(_join(either, **parts))
+            start = self._combine(either, **parts)
         elif not tools:
             return None
         banned = [self._dsml] * (block is None)
@@ -219,8 +228,18 @@ class Grammars:
             return {}, f"it is no JSON schema ({error})"
         return part, self._fault(_join(None, calls=part))
 
+    def _combine(self, start: str | None, **parts: Any) -> llguidance.LLMatcher:
+        try:
+            return self._compile(_join(start, **parts))
+        except _Unusable as error:
+            raise RequestError(f"the form of the answer is too much together with `tools`: {error}; simplify") from None
+
     def _fault_afresh(self, grammar: str) -> str:
-        return _reason(self._compile(grammar))
+        try:
+            self._compile(grammar)
+        except _Unusable as error:
+            return str(error)
+        return ""
 
     def _all_but(self, ids: Sequence[int]) -> np.ndarray | None:
         mask = np.full(-(-self._tokenizer.vocab_size // 8), 255, np.uint8)
@@ -229,8 +248,10 @@ class Grammars:
         return mask if ids else None
 
     def _compile_afresh(self, grammar: str) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=_LIMITS)
         matcher.compute_bitmask()  # finds grammars that admit nothing, and copies begin warm
+        if matcher.is_error():
+            raise _Unusable(_reason(matcher))  # so that it is not kept
         return matcher
 
 
@@ -286,9 +307,7 @@ def _as_lark(regex: str) -> str:
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
-    """Why a matcher is of no use, in one line; "" if it is."""
-    if not matcher.is_error():
-        return ""
+    """Why a matcher is of no use, in one line."""
     error = matcher.get_error()
     if error.startswith("NoExtension"):
         return "it admits nothing"

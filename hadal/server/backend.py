@@ -119,6 +119,13 @@ def join(a: Delta, b: Delta) -> Delta | None:
     )
 
 
+def failure(told: str | None, stuck: bool) -> APIError:
+    """What a delta with finish reason "error" stands for; `stuck` is of its Request."""
+    if stuck:
+        return APIError(400, told or "", code="grammar_failed")
+    return APIError(500, told or "the engine failed on this request", code="engine_error")
+
+
 def prepare(llm: LLM, ask: Ask, tenant: str) -> list[Generation]:
     """The answers-to-be of `llm` to what is asked; a ValueError of the room concerned says what cannot be served."""
     options: dict[str, Any] = {"tenant": tenant, "priority": ask.priority}
@@ -144,7 +151,7 @@ class LocalBackend:
         self.max_context = llm.engine.max_context
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._opened = 0  # answers of tickets that nobody has left yet
-        self._patient = 0  # those of them that give way to all others
+        self._background = 0  # those of them that give way to all others
         self._live: dict[Generation, tuple[Ticket, int]] = {}
         self._answer_seconds = 0.0  # moving average of the time from first state to end
         self._thread = threading.Thread(target=self._run, name="hadal-engine", daemon=True)
@@ -159,7 +166,7 @@ class LocalBackend:
         """A queue moves on when one of the running answers ends."""
         limits, engine = self.llm.engine.options, self.llm.engine
         waiting = max(self._opened - limits.max_concurrent, engine.waiting)
-        ahead = max(self._opened - self._patient + 1 - limits.max_concurrent, 0)
+        ahead = max(self._opened - self._background + 1 - limits.max_concurrent, 0)
         most = limits.max_waiting
         full = most is not None and self._opened >= most + limits.max_concurrent
         return Load(engine.running, waiting, ahead * self._answer_seconds / limits.max_concurrent, full)
@@ -189,24 +196,21 @@ class LocalBackend:
         if most is not None and self._opened + len(generations) > most:
             raise EngineBusy(f"{most} answers run and wait already; try again later")
         self._opened += len(generations)
-        self._patient += _patient(generations)
+        self._background += _background(generations)
         ticket = Ticket(generations, self._leave)
         self._inbox.put(lambda: self._submit(ticket))
         return ticket
 
     def _leave(self, ticket: Ticket) -> None:
         self._opened -= len(ticket.generations)
-        self._patient -= _patient(ticket.generations)
+        self._background -= _background(ticket.generations)
         if ticket.open:
             self._inbox.put(lambda: self._drop(ticket))
 
     def _submit(self, ticket: Ticket) -> None:
         for index, generation in enumerate(ticket.generations):
             self._live[generation] = (ticket, index)
-            try:
-                self.llm.submit(generation)
-            except EngineBusy as error:
-                self._end([generation], Delta(finish_reason="error", error=str(error)))
+            self.llm.submit(generation)  # never too many: `open` counts them
 
     def _drop(self, ticket: Ticket) -> None:
         for generation in ticket.generations:
@@ -262,7 +266,7 @@ class LocalBackend:
             self._answer_seconds += (took - self._answer_seconds) / 8 if self._answer_seconds else took
 
 
-def _patient(generations: Sequence[Generation]) -> int:
+def _background(generations: Sequence[Generation]) -> int:
     return sum(g.request.priority <= BACKGROUND for g in generations)
 
 

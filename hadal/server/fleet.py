@@ -22,7 +22,7 @@ import torch
 from hadal import device as devices
 from hadal.llm import LLM
 from hadal.server.ask import Ask
-from hadal.server.backend import LocalBackend
+from hadal.server.backend import LocalBackend, failure
 from hadal.server.errors import APIError
 from hadal.server.remote import Job, Piece
 from hadal.server.routing import Routes, marks
@@ -87,18 +87,18 @@ class Replica:
 
     async def generate(
         self, ask: Ask, *, tenant: str, prefix: Sequence[Any], length: int
-    ) -> AsyncGenerator[list[Piece] | str, None]:
-        """The answers to one prompt, as they come; a text says that the engine failed. `prefix` is for the router."""
+    ) -> AsyncGenerator[list[Piece] | tuple[str | None, bool], None]:
+        """The answers to one prompt, as they come; a tuple is for `failure`. `prefix` is for the router."""
         ticket = self._backend.open(await asyncio.to_thread(self._backend.prepare, ask, tenant))
         try:
             while ticket.open:
                 parts = await ticket.take(60.0)
                 if any(delta.finish_reason == "abort" for _, delta in parts):
                     return  # this replica ends
-                errors = [delta.error for _, delta in parts if delta.finish_reason == "error"]
-                if errors:
-                    yield errors[0] or "the engine failed on this request"
-                    return
+                for index, delta in parts:
+                    if delta.finish_reason == "error":
+                        yield delta.error, ticket.generations[index].request.stuck
+                        return
                 first = ticket.generations[0].request
                 pieces = [
                     Piece(i, d.token_ids, d.logprobs, "length" if d.finish_reason == "length" else None)
@@ -260,8 +260,8 @@ class Fleet:
             )
             try:
                 async for pieces in answers:
-                    if isinstance(pieces, str):
-                        raise APIError(500, pieces, code="engine_error")
+                    if isinstance(pieces, tuple):
+                        raise failure(*pieces)
                     for piece in pieces:
                         told = True
                         yield piece

@@ -18,7 +18,7 @@ from hadal.accounts import Accounts, AccountsError, Hold, LimitReached, UsageRow
 from hadal.engine import EngineBusy, RequestError
 from hadal.llm import Delta, Generation
 from hadal.server.ask import Ask
-from hadal.server.backend import Backend, Ticket
+from hadal.server.backend import Backend, Ticket, failure
 from hadal.server.errors import CLIENT_GONE, APIError
 from hadal.server.gate import caller
 from hadal.server.memory import TurnMemory
@@ -214,8 +214,7 @@ class Service:
                 if delta.token_ids:
                     visit.saw(len(delta.token_ids))
                 if delta.finish_reason == "error":
-                    told = delta.error or "the engine failed on this request"
-                    raise ticket.failure or APIError(500, told, code="engine_error")
+                    raise ticket.failure or failure(delta.error, ticket.generations[index].request.stuck)
                 if delta.finish_reason == "abort":
                     raise APIError.closing()
                 if delta.finish_reason is not None and index == 0:

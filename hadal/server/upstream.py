@@ -266,6 +266,8 @@ def _broken(error: Any) -> APIError:
     """What an error in the middle of a stream means."""
     overloaded = isinstance(error, Mapping) and (error.get("type") == "overloaded_error" or error.get("code") == 503)
     told = _told({"error": error})
+    if isinstance(error, Mapping) and error.get("code") == "grammar_failed":
+        return APIError(400, told, code="grammar_failed")
     return _unavailable(told) if overloaded else _failed(f"the server elsewhere failed: {told}")
 
 

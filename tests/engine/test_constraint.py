@@ -111,7 +111,7 @@ def test_what_cannot_go_on_fails_alone() -> None:
     engine = Engine(model)
     stuck, free, held = add(engine, [7], Hashed(dead_end=3)), add(engine, [8], None), add(engine, [9], Hashed())
     run(engine)
-    assert (stuck.finish_reason, stuck.error) == ("error", "there is no way on")
+    assert (stuck.finish_reason, stuck.error, stuck.stuck) == ("error", "there is no way on", True)
     assert stuck.output_ids == expected(model, [7], 3)
     assert free.output_ids == model.greedy([8], 12) and held.output_ids == expected(model, [9], 12)
     assert engine.check() == []

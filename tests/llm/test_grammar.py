@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import jsonschema_rs
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from hadal.engine import RequestError, SamplingParams, StructuredOutput
 from hadal.llm import LLM, CompletionOutput
+from hadal.llm.grammar import Grammars
 from hadal.text.tokens import CONTROL_TOKENS, DSML, THINK_CLOSE
 from tests.fakes import scripted_llm, small_tokenizer
 from tests.llm.dice import DiceModel, schemas
@@ -236,6 +238,29 @@ def test_a_form_that_cannot_be_compiled_is_refused(llm: LLM, structured: Any, pa
     with pytest.raises(RequestError, match=words) as caught:
         llm.generate("x", SamplingParams(structured=StructuredOutput(**structured)))
     assert caught.value.param == param
+
+
+def test_effort_and_room_for_a_form_are_bounded(llm: LLM) -> None:
+    began = time.thread_time()
+    (generation,) = llm.prepare_prompt("x", SamplingParams(structured=StructuredOutput(regex="(a{995}){1000}")))
+    while generation.finish_reason is None:
+        if not llm.busy:
+            llm.submit(generation)
+        llm.step()
+    assert time.thread_time() - began < 0.6
+    assert generation.finish_reason == "error" and generation.request.stuck
+    assert "too many expressions" in (generation.output().error or "")
+
+
+def test_few_forms_are_kept_and_none_that_cannot_be_used() -> None:
+    grammars = Grammars(small_tokenizer())
+    for wrong in (r"[^\s\S]", "["):
+        with pytest.raises(RequestError):
+            grammars.for_text(StructuredOutput(regex=wrong))
+    assert grammars._compile.cache_info().currsize == 0
+    for i in range(1, 40):
+        assert grammars.for_text(StructuredOutput(regex=f"a{{{i}}}")) is not None
+    assert grammars._compile.cache_info().currsize <= 16
 
 
 @pytest.mark.parametrize("choice", ["maybe", {"type": "function"}, {"type": "function", "function": {"name": "x"}}, 3])

@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -143,12 +144,42 @@ def test_a_client_that_leaves_stops_the_work_and_is_still_in_the_ledger() -> Non
             assert rows(server)[-1]["finish_reason"] == "abort" and rows(server)[-1]["status"] == 499
 
 
+def test_what_never_ran_is_not_paid_for() -> None:
+    with plain(engine={"max_concurrent": 1}) as server:
+        running_one = send(server, "endless", stream=True)
+        waiting = post(server)
+        waiting.request("POST", "/plain", json.dumps({"text": "plain" * 100, "sampling": {"n": 2}}))
+        until(lambda: server.active() == 2)
+        waiting.sock.close()
+        waiting.close()
+        until(lambda: rows(server))
+        (row,) = rows(server)
+        assert row["status"] == 499 and row["hit"] == row["miss"] == row["output"] == row["cost"] == 0
+        running_one.close()
+        until(lambda: len(rows(server)) == 2)
+        assert rows(server)[1]["miss"] > 0 and rows(server)[1]["cost"] > 0
+
+
 def test_what_the_model_cannot_answer_is_an_error_in_both_ways() -> None:
     with plain() as server:
         assert send(server, "broken").status == 500
         *_, error, done = events(send(server, "broken", stream=True))
         assert error["error"]["code"] == "engine_error" and done == "done"
         until(lambda: [r["status"] for r in rows(server)] == [500, 500])
+
+
+def test_a_form_that_cannot_go_on_is_the_fault_of_the_request() -> None:
+    with plain() as server:
+        body = {"model": "scripted", "prompt": "x", "regex": "(a{995}){1000}"}
+        status, told = server.call("/v1/completions", body)
+        assert (status, told["error"]["code"]) == (400, "grammar_failed")
+        connection = post(server)
+        told = json.dumps(body | {"stream": True})
+        connection.request("POST", "/v1/completions", told, {"content-type": "application/json"})
+        assert events(connection.getresponse())[-2]["error"]["code"] == "grammar_failed"
+        until(lambda: [(r["status"], r["finish_reason"]) for r in rows(server)] == [(400, "error")] * 2)
+        with urllib.request.urlopen(server.url + "/metrics") as metrics:
+            assert 'vllm:corrupted_requests_total{model_name="scripted"} 0' in metrics.read().decode()
 
 
 def test_an_answer_that_does_not_begin_in_time_is_closed() -> None:

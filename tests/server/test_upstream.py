@@ -351,6 +351,7 @@ def test_what_is_asked_of_vllm(folder: Path) -> None:
         ((200, [event("x", token_ids="abc")], 0), 500, "upstream_failed"),
         ((200, [event("x", "cosmic_ray")], 0), 500, "upstream_failed"),
         ((200, [event("x", "stop")[:-30]], 0), 503, "upstream_unavailable"),
+        ((200, [b'data: {"error": {"message": "x", "code": "grammar_failed"}}\n\n'], 0), 400, "grammar_failed"),
         ((400, [b'{"error": {"message": "too long"}}'], 0), 400, "upstream_refused"),
         ((401, [b"no"], 0), 500, "upstream_failed"),
         ((429, [b'{"detail": "full"}'], 0), 429, "queue_full"),
