@@ -183,7 +183,7 @@ class Service:
         generations = self._render(backend, visit.api, visit.caller.tenant(ask.user_id), ask)
         most = sum(g.request.limit for g in generations)
         try:
-            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations, ask.samples), most)
+            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations[:: ask.samples]), most)
         except LimitReached as error:
             code = "insufficient_balance" if error.status == 402 else "rate_limit_exceeded"
             raise APIError(error.status, str(error), code=code, retry_after=error.retry_after) from None
@@ -274,8 +274,10 @@ class Service:
 
     def _usage(self, seat: Seat) -> Usage:
         generations, samples = seat.ticket.generations, seat.ask.samples
-        hit = sum(g.request.cached_tokens or 0 for g in generations[::samples])
-        prompt = _prompt_tokens(generations, samples)
+        firsts = range(0, len(generations), samples)
+        begun = [generations[i] for i in firsts if any(g.request.admitted for g in generations[i : i + samples])]
+        hit = sum(g.request.cached_tokens or 0 for g in begun)
+        prompt = _prompt_tokens(begun)  # what never ran is not paid for
         output = sum(g.tokens for g in generations)
         reasoning = sum(g.reasoning_tokens for g in generations)
         cost = self.accounts.cost(hit, prompt - hit, output, _moment(seat.visit.received))
@@ -347,5 +349,5 @@ def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _prompt_tokens(generations: Sequence[Generation], samples: int) -> int:
-    return sum(len(g.request.prompt_ids) for g in generations[::samples])
+def _prompt_tokens(generations: Sequence[Generation]) -> int:
+    return sum(len(g.request.prompt_ids) for g in generations)
