@@ -66,6 +66,8 @@ class Guard:
             return await self._app(scope, receive, send)
         number = scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
         started = False
+        limit = self._file_limit + _FORM_BYTES if scope["path"].endswith("/files") else self._limit
+        body = _Body(receive, limit, self._seconds, Headers(scope=scope))
 
         async def send_guarded(message: Message) -> None:
             nonlocal started
@@ -75,12 +77,16 @@ class Guard:
                 headers["x-request-id"] = number
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if not body.whole:
+                    headers["connection"] = "close"
+            elif not body.whole and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.drain()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        limit = self._file_limit + _FORM_BYTES if scope["path"].endswith("/files") else self._limit
-        body = _Body(receive, limit, self._seconds)
         try:
-            body.check_length(Headers(scope=scope))
+            body.check_length()
             await self._app(scope, body.receive, body.unless_refused(send_guarded))
         except ClientDisconnect:
             return
@@ -90,7 +96,7 @@ class Guard:
             if body.refusal is None:
                 _log.exception("request %s failed", number, exc_info=error)
         if body.refusal is not None and not started:
-            await _refuse(scope, body, send_guarded)
+            await error_response(scope["path"], body.refusal)(scope, receive, send_guarded)
         elif not started:
             failed = APIError(500, f"the server failed on this request; its log tells why under {number}")
             await error_response(scope["path"], failed)(scope, receive, send_guarded)
@@ -99,19 +105,21 @@ class Guard:
 class _Body:
     """The receiving side of one request, with its limits."""
 
-    def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
+    def __init__(self, receive: Receive, limit: int, seconds: float, headers: Headers) -> None:
         self.refusal: APIError | None = None
         self._receive, self._limit, self._seconds = receive, limit, seconds
-        self._size, self._whole, self._deadline = 0, False, 0.0
+        self._length = int(headers.get("content-length", 0))  # the HTTP server has checked that it is a number
+        self.whole = not self._length and "transfer-encoding" not in headers
+        self._size, self._deadline = 0, 0.0
 
-    def check_length(self, headers: Headers) -> None:
-        """Refuse by what the client says itself; the HTTP server has checked that it is a number."""
-        if int(headers.get("content-length", 0)) > self._limit:
+    def check_length(self) -> None:
+        """Refuse by what the client says itself."""
+        if self._length > self._limit:
             self._refuse(413, f"the body is larger than {self._limit:,} bytes, which is this server's limit; send less")
 
     async def receive(self) -> Message:
         """The app's `receive`."""
-        if self._whole:
+        if self.whole:
             return await self._receive()  # which waits for the client to leave
         message = await self._next()
         self._size += len(message.get("body", b""))
@@ -126,14 +134,14 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             self._refuse(408, "the body did not arrive in time; send it again over a faster line", "body_timeout")
-        self._whole = message["type"] != "http.request" or not message.get("more_body")
+        self.whole = message["type"] != "http.request" or not message.get("more_body")
         return message
 
     async def drain(self) -> None:
         """Read on for a while: a client that still sends would otherwise never look at the refusal."""
         limit = self._size + self._limit
         try:
-            while not self._whole and self._size < limit:
+            while not self.whole and self._size < limit:
                 self._size += len((await self._next()).get("body", b""))
         except _Refused:
             return
@@ -154,22 +162,6 @@ class _Body:
 
 class _Refused(Exception):
     """The body is not to be read on."""
-
-
-async def _refuse(scope: Scope, body: _Body, send: Send) -> None:
-    assert body.refusal is not None
-    parts: list[Message] = []
-
-    async def collect(message: Message) -> None:
-        parts.append(message)
-
-    await error_response(scope["path"], body.refusal, {"connection": "close"})(scope, body.receive, collect)
-    start, content = parts
-    await send(start)
-    await send({**content, "more_body": True})
-    if body.refusal.status == 413:
-        await body.drain()
-    await send({"type": "http.response.body", "body": b""})
 
 
 class SameSite:
@@ -194,7 +186,8 @@ class SameSite:
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if not _is_own(host):
             return f"a server without keys answers under an address or localhost only, not as {host!r}"
-        foreign = origin == "null" or (origin.startswith("http") and urlsplit(origin).netloc != host)
+        own = (f"http://{host}".lower(), f"https://{host}".lower())
+        foreign = origin == "null" or (origin.lower().startswith("http") and origin.lower() not in own)
         if foreign and origin not in self._cors and "*" not in self._cors:
             return f"a server without keys answers no page of {origin!r}"
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 
 from hadal.server.guard import SameSite, protect
@@ -38,6 +38,10 @@ def make_app(**settings: Any) -> FastAPI:
         except Exception:
             return {"size": -1}
         return {"size": 0}
+
+    @app.post("/refuse")
+    async def refuse() -> JSONResponse:
+        return JSONResponse({}, 401)
 
     @app.get("/fail")
     async def fail() -> None:
@@ -126,6 +130,17 @@ def test_a_client_that_goes_on_sending_still_reads_the_refusal(port: int) -> Non
     assert talk(port, post("/echo", "Content-Length: 1500"), *pieces)[0] == 413
 
 
+@pytest.mark.parametrize("how", ["Content-Length: 32000000", "Transfer-Encoding: chunked"])
+def test_who_is_refused_before_the_body_is_read_still_reads_why(how: str) -> None:
+    with served(make_app(body_limit=40_000_000, body_seconds=20)) as at:
+        piece = b"x" * 1_000_000
+        sent = [piece] if "Length" in how else [b"%x\r\n" % len(piece), piece, b"\r\n"]
+        end = [] if "Length" in how else [b"0\r\n\r\n"]
+        for path, status in (("/nowhere", 404), ("/refuse", 401)):
+            got, headers, _ = talk(at, post(path, how).replace(b"Connection: close\r\n", b""), *sent * 32, *end)
+            assert got == status and headers["connection"] == "close"
+
+
 def test_a_body_that_does_not_arrive_is_given_up(port: int) -> None:
     start = time.monotonic()
     status, _, body = talk(port, post("/echo", "Content-Length: 10"), b"x")
@@ -175,7 +190,10 @@ def test_other_origins_are_told_only_if_they_are_named() -> None:
         ("localhost", "https://named.example", 200),
         ("localhost", "vscode-webview://abc", 200),
         ("localhost:8000", "http://localhost:3000", 403),
+        ("LOCALHOST:8000", "http://localhost:8000", 200),
         ("localhost", "https://evil.example", 403),
+        ("localhost", "HTTP://evil.example", 403),
+        ("localhost", "http://[", 403),
         ("localhost", "null", 403),
         ("evil.example", "http://evil.example", 403),
         ("localhost.evil.example", None, 403),
