@@ -6,12 +6,12 @@ import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hadal.server import store as tables
 from hadal.server.body import Body
 from hadal.server.errors import APIError
-from hadal.server.files import ExpiresAfter, owner
+from hadal.server.files import ExpiresAfter, Page, owner, twice
 from hadal.server.runner import BODIES, Batches
 from hadal.server.store import show_batch
 
@@ -32,19 +32,11 @@ class BatchBody(Body):
     output_expires_after: ExpiresAfter | None = None
 
 
-class _Page(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    after: str | None = None
-    limit: int = Field(20, ge=1, le=100)
-
-
 def router(work: Batches) -> APIRouter:
     """The endpoints."""
     routes, store = APIRouter(), work.store
 
-    @routes.post("/v1/batches")
-    @routes.post("/batches", include_in_schema=False)
+    @routes.post("/batches")
     async def create(request: Request, body: BatchBody) -> dict[str, Any]:
         """Run the requests of a file within 24 hours."""
         if body.endpoint not in BODIES:
@@ -64,20 +56,17 @@ def router(work: Batches) -> APIRouter:
         work.wake()
         return show_batch(await asyncio.to_thread(store.get, tables.batches, key, row["id"]))
 
-    @routes.get("/v1/batches")
-    @routes.get("/batches", include_in_schema=False)
-    def listing(request: Request, query: Annotated[_Page, Query()]) -> dict[str, Any]:
+    @routes.get("/batches")
+    def listing(request: Request, query: Annotated[Page, Query()]) -> dict[str, Any]:
         """The key's batches, the newest first."""
         return store.page(tables.batches, owner(request), query.after, query.limit)
 
-    @routes.get("/v1/batches/{batch_id}")
-    @routes.get("/batches/{batch_id}", include_in_schema=False)
+    @routes.get("/batches/{batch_id}")
     def retrieve(request: Request, batch_id: str) -> dict[str, Any]:
         """How far a batch has come."""
         return show_batch(store.get(tables.batches, owner(request), batch_id))
 
-    @routes.post("/v1/batches/{batch_id}/cancel")
-    @routes.post("/batches/{batch_id}/cancel", include_in_schema=False)
+    @routes.post("/batches/{batch_id}/cancel")
     async def cancel(request: Request, batch_id: str) -> dict[str, Any]:
         """End a batch; what it has done so far can be read."""
         key = owner(request)
@@ -89,4 +78,4 @@ def router(work: Batches) -> APIRouter:
         work.wake()
         return show_batch(row)
 
-    return routes
+    return twice(routes)

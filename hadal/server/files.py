@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -53,10 +52,16 @@ class _Form(BaseModel):
     expires_after: ExpiresAfter | None = None
 
 
-class _Page(BaseModel):
+class Page(BaseModel):
+    """Which part of a list is asked for."""
+
     model_config = ConfigDict(extra="forbid")
 
     after: str | None = None
+    limit: int = Field(20, ge=1, le=100)
+
+
+class _FilePage(Page):
     limit: int = Field(10000, ge=1, le=10000)
     order: Literal["asc", "desc"] = "desc"
     purpose: Literal["batch", "batch_output", "user_data"] | None = None
@@ -64,20 +69,20 @@ class _Page(BaseModel):
 
 def router(service: Service) -> APIRouter:
     """The endpoints."""
-    routes, store, settings = APIRouter(), Store(service.settings), service.settings
+    routes, settings = APIRouter(), service.settings
+    store = Store(service.accounts.database, settings.data)
 
     @routes.post(
-        "/v1/files",
+        "/files",
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _BODY}}}},
     )
-    @routes.post("/files", include_in_schema=False)
     async def create(request: Request) -> dict[str, Any]:
         """Keep a file of the form field `file` for the purpose `batch` or `user_data`."""
         row = store.stamp("file-")
         part, path = store.path(row["id"]).with_suffix(".part"), store.path(row["id"])
-        form = _Upload(part, settings.file_limit)
+        form = _Upload(settings.file_limit)
         try:
-            await form.read(request)
+            await form.read(request, part)
             fields = _form(form.fields)
             row |= {"key": owner(request), "purpose": fields.purpose, "filename": form.filename, "bytes": form.size}
             row["expires"] = fields.expires_after and row["created"] // 10**6 + fields.expires_after.seconds
@@ -89,34 +94,29 @@ def router(service: Service) -> APIRouter:
                 path.unlink(missing_ok=True)
                 raise
         finally:
-            form.close()
             part.unlink(missing_ok=True)
         return show_file(await asyncio.to_thread(store.get, files, row["key"], row["id"]))
 
-    @routes.get("/v1/files")
-    @routes.get("/files", include_in_schema=False)
-    def listing(request: Request, query: Annotated[_Page, Query()]) -> dict[str, Any]:
+    @routes.get("/files")
+    def listing(request: Request, query: Annotated[_FilePage, Query()]) -> dict[str, Any]:
         """The key's files."""
         equal = {} if query.purpose is None else {"purpose": query.purpose}
         down = query.order == "desc"
         return store.page(files, owner(request), query.after, query.limit, descending=down, **equal)
 
-    @routes.get("/v1/files/{file_id}")
-    @routes.get("/files/{file_id}", include_in_schema=False)
+    @routes.get("/files/{file_id}")
     def retrieve(request: Request, file_id: str) -> dict[str, Any]:
         """One file's description."""
         return show_file(store.get(files, owner(request), file_id))
 
-    @routes.delete("/v1/files/{file_id}")
-    @routes.delete("/files/{file_id}", include_in_schema=False)
+    @routes.delete("/files/{file_id}")
     def delete(request: Request, file_id: str) -> dict[str, Any]:
         """Delete a file; 409 while a batch reads it."""
         with on_disk():
             store.remove_file(owner(request), file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
-    @routes.get("/v1/files/{file_id}/content")
-    @routes.get("/files/{file_id}/content", include_in_schema=False)
+    @routes.get("/files/{file_id}/content")
     def content(request: Request, file_id: str) -> Response:
         """A file's bytes."""
         row = store.get(files, owner(request), file_id)
@@ -125,7 +125,15 @@ def router(service: Service) -> APIRouter:
             stat = path.stat()
         return FileResponse(path, media_type="application/octet-stream", filename=row.filename, stat_result=stat)
 
-    return routes
+    return twice(routes)
+
+
+def twice(routes: APIRouter) -> APIRouter:
+    """The same endpoints below /v1, and without it."""
+    both = APIRouter()
+    both.include_router(routes, prefix="/v1")
+    both.include_router(routes, include_in_schema=False)
+    return both
 
 
 def owner(request: Request) -> str:
@@ -148,65 +156,56 @@ def sweep(store: Store) -> None:
     """Delete files whose time has come, and what a crash left behind."""
     store.forget_files(store.expired_files())
     old = time.time() - _ORPHAN_SECONDS
-    found = os.scandir(store.folder / "files") if (store.folder / "files").exists() else ()
-    stray = {entry.name for entry in found if entry.stat().st_mtime < old}
+    stray = {path.name for path in store.folder.glob("file-*") if path.stat().st_mtime < old}
     for name in stray - store.all_files() if stray else ():
         store.path(name).unlink(missing_ok=True)
 
 
 class _Upload:
-    """One multipart form: its file goes to `path` as it comes, its fields are kept."""
+    """One multipart form: its file goes to the disk as it comes, its fields are kept."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.filename = ""
         self.size = 0
         self.fields: dict[str, str] = {}
-        self._path, self._limit = path, limit
-        self._file: io.FileIO | None = None
-        self._name: str | None = None  # of the part that is being read; None between parts
+        self._limit = limit
+        self._name = ""  # of the part that is being read
         self._header, self._value, self._headers = b"", b"", dict[bytes, bytes]()
         self._text, self._waiting = bytearray(), bytearray()
         self._ended = False
 
-    async def read(self, request: Request) -> None:
-        """Read the whole form; APIError when it is none, or the file too large for its limit or the disk."""
+    async def read(self, request: Request, path: Path) -> None:
+        """Read the whole form, its file to `path`; APIError when it is none, or too large for its limit or the disk."""
         kind, options = parse_options_header(request.headers.get("content-type"))
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise APIError(400, "a file is uploaded as multipart/form-data with a boundary; send it so")
         with on_disk():
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._path.touch(0o600, exist_ok=False)
-            self._file = self._path.open("wb", buffering=0)
-            try:
-                parser = MultipartParser(options[b"boundary"], self._callbacks())  # type: ignore[arg-type]
-                async for chunk in request.stream():
-                    parser.write(chunk)
-                    if len(self._waiting) >= _CHUNK:
-                        await asyncio.to_thread(self._write)
-            except FormParserError as error:
-                raise APIError(400, f"the body is no valid multipart form: {error}") from None
-            await asyncio.to_thread(self._write, sync=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(0o600, exist_ok=False)
+            with path.open("wb") as file:
+                try:
+                    parser = MultipartParser(options[b"boundary"], self._callbacks())  # type: ignore[arg-type]
+                    async for chunk in request.stream():
+                        parser.write(chunk)
+                        if len(self._waiting) >= _CHUNK:
+                            waiting, self._waiting = self._waiting, bytearray()
+                            await asyncio.to_thread(file.write, waiting)
+                except FormParserError as error:
+                    raise APIError(400, f"the body is no valid multipart form: {error}") from None
+                await asyncio.to_thread(self._finish, file)
         if not self._ended:
             raise APIError(400, "the multipart form breaks off before its last boundary; send it whole")
         if not self.filename:
             raise APIError(422, "field `file` is missing, or has no filename", param="file")
 
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
+    def _finish(self, file: BinaryIO) -> None:
+        file.write(self._waiting)
+        file.flush()
+        os.fsync(file.fileno())
 
     def _callbacks(self) -> Mapping[str, Any]:
-        names = (
-            "part_begin",
-            "header_field",
-            "header_value",
-            "header_end",
-            "headers_finished",
-            "part_data",
-            "part_end",
-        )
-        return {f"on_{name}": getattr(self, f"_on_{name}") for name in (*names, "end")}
+        names = "part_begin header_field header_value header_end headers_finished part_data part_end end"
+        return {f"on_{name}": getattr(self, f"_on_{name}") for name in names.split()}
 
     def _on_part_begin(self) -> None:
         self._headers, self._text = {}, bytearray()
@@ -224,10 +223,13 @@ class _Upload:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = name = options.get(b"name", b"").decode("utf-8", "replace")
+        shown = name[:80]
         if name in self.fields or (name == "file" and self.filename):
-            raise APIError(422, f"field `{name}` is there twice; send it once", param=name)
+            raise APIError(422, f"field `{shown}` is there twice; send it once", param=shown)
         if (name == "file") != (b"filename" in options):
-            raise APIError(422, f"field `{name[:80]}` is no field for a file here; send the file as `file`", param=name)
+            raise APIError(422, f"field `{shown}` is no field for a file here; send the file as `file`", param=shown)
+        if len(name) > _LONGEST_FIELD or len(self.fields) > 8:
+            raise APIError(422, "the form has more fields, or longer ones, than a file needs")
         if name == "file":
             self.filename = _plain(options[b"filename"].decode("utf-8", "replace"))
 
@@ -239,23 +241,15 @@ class _Upload:
             self._waiting += memoryview(data)[start:end]
         else:
             self._text += memoryview(data)[start:end]
-            if len(self._text) > _LONGEST_FIELD or len(self.fields) > 8:
-                raise APIError(422, f"the form has more fields, or a longer one (`{self._name}`), than a file needs")
+            if len(self._text) > _LONGEST_FIELD:
+                raise APIError(422, f"field `{self._name[:80]}` is longer than a file needs", param=self._name[:80])
 
     def _on_part_end(self) -> None:
-        if self._name is not None and self._name != "file":
+        if self._name != "file":
             self.fields[self._name] = self._text.decode("utf-8", "replace")
 
     def _on_end(self) -> None:
         self._ended = True
-
-    def _write(self, *, sync: bool = False) -> None:
-        assert self._file is not None
-        waiting, self._waiting = memoryview(self._waiting), bytearray()
-        while waiting:  # a raw write may take a part
-            waiting = waiting[self._file.write(waiting) :]
-        if sync:
-            os.fsync(self._file.fileno())
 
 
 def _form(fields: Mapping[str, str]) -> _Form:

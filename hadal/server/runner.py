@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -79,7 +79,7 @@ class Batches:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.store = Store(service.settings)
+        self.store = Store(service.accounts.database, service.settings.data)
         self._runs: dict[str, _Run] = {}
         self._wake = asyncio.Event()
         self._door = asyncio.Lock()  # runs take turns at it
@@ -99,7 +99,6 @@ class Batches:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._disk.shutdown)
-        self.store.close()
 
     def wake(self) -> None:
         """Look for batches now."""
@@ -113,7 +112,7 @@ class Batches:
                 self._wake.clear()
                 try:
                     if lock is None:
-                        lock = await asyncio.to_thread(_lock, self.store.folder / "batches.lock")
+                        lock = await asyncio.to_thread(_lock, self.store.folder.with_suffix(".lock"))
                     if lock is not None:
                         await self._look()
                         if time.monotonic() > swept + _SWEEP_SECONDS:
@@ -137,27 +136,31 @@ class Batches:
         if rows:
             self._keys = {key.id: key for key in await asyncio.to_thread(self.service.accounts.keys.list)}
         for row in rows:
-            run = self._runs.get(row.id)
-            if run is None and row.id in before:
+            if row.id in before and row.id not in self._runs:
                 continue  # it has ended since
-            end = self._end_of(row)
-            if row.status == "validating":
-                await asyncio.to_thread(self._validate, row)
-                self.wake()
-            elif run is not None:
-                run.key = self._keys.get(row.key)
-                if end is not None:
-                    run.cut(*end)
-                counts = run.made.counts["output"], run.made.counts["error"]
-                if run.feeding and counts != run.told:
-                    await asyncio.to_thread(self.store.count, row.id, *counts)
-                    run.told = counts
-            elif not self.service.draining and (end or row.key not in [other.row.key for other in self._runs.values()]):
-                made = await self._on_disk(
-                    partial(Made, {kind: self.store.path(made_id(row.id, kind)) for kind in KINDS})
-                )
-                run = self._runs[row.id] = _Run(row, self._keys.get(row.key), made, end)
-                run.task = asyncio.create_task(self._run(run))
+            try:
+                await self._bring_on(row)
+            except (APIError, OSError) as error:
+                _log.warning("batch %s waits: %s", row.id, error)
+
+    async def _bring_on(self, row: Row[Any]) -> None:
+        run, end = self._runs.get(row.id), self._end_of(row)
+        if row.status == "validating":
+            await asyncio.to_thread(self._validate, row)
+            self.wake()
+        elif run is not None:
+            run.key = self._keys.get(row.key)
+            if end is not None:
+                run.cut(*end)
+            counts = run.made.counts["output"], run.made.counts["error"]
+            if run.feeding and counts != run.told:
+                await asyncio.to_thread(self.store.count, row.id, *counts)
+                run.told = counts
+        elif not self.service.draining and (end or row.key not in [other.row.key for other in self._runs.values()]):
+            paths = {kind: self.store.path(made_id(row.id, kind)) for kind in KINDS}
+            made = await self._on_disk(partial(Made, paths))
+            run = self._runs[row.id] = _Run(row, self._keys.get(row.key), made, end)
+            run.task = asyncio.create_task(self._run(run))
 
     def _end_of(self, row: Row[Any]) -> tuple[str, APIError] | None:
         """The status that a batch must end with now, and why its lines have no answer."""
@@ -213,26 +216,32 @@ class Batches:
             run.feeding = False
 
     async def _feed(self, run: _Run) -> None:
-        limits = run.key.limits if run.key else None
+        limits, limit = run.key.limits if run.key else None, self.service.settings.body_limit
         # A key's own requests must find room beside its batch.
         most = _IN_FLIGHT if limits is None or limits.concurrent is None else max(1, limits.concurrent // 2)
-        room = asyncio.Semaphore(min(most, _IN_FLIGHT))
+        most = min(most, _IN_FLIGHT)
+        room = asyncio.Semaphore(most)
+
+        def leave(places: int) -> None:
+            for _ in range(places):
+                room.release()
+
         with self.store.path(run.row.input_file_id).open("rb") as file:
+            lines = numbered(file, limit)
             async with asyncio.TaskGroup() as group:
-                for number, raw in numbered(file, self.service.settings.body_limit):
-                    id = line_id(run.row.id, number)
-                    if id in run.made.done:
-                        await asyncio.sleep(0)
-                        continue
-                    await room.acquire()
+                while (found := await asyncio.to_thread(_next, run, lines)) is not None:
+                    id, raw = found
+                    places = 1 + len(raw) * (most - 1) // (limit + 1)  # so that all together are not much more than one
+                    for _ in range(places):
+                        await room.acquire()
                     if self.service.draining:
                         return
                     task = group.create_task(self._line(run, id, raw))
-                    task.add_done_callback(lambda _: room.release())
+                    task.add_done_callback(lambda _, places=places: leave(places))  # type: ignore[misc]
 
     async def _line(self, run: _Run, id: str, raw: bytes) -> None:
         """Run one line until it has an answer or an error of its own."""
-        line = read_line(raw, run.row.endpoint, self.service.settings.body_limit)
+        line = await asyncio.to_thread(read_line, raw, run.row.endpoint, self.service.settings.body_limit)
         tries = 0
         while not self.service.draining:
             try:
@@ -345,6 +354,12 @@ class Batches:
 
     async def _on_disk(self, what: Callable[[], _T]) -> _T:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._disk, what))
+
+
+def _next(run: _Run, lines: Iterator[tuple[int, bytes]]) -> tuple[str, bytes] | None:
+    """The next line that is not done, under its id."""
+    named = ((line_id(run.row.id, number), raw) for number, raw in lines)
+    return next((line for line in named if line[0] not in run.made.done), None)
 
 
 async def _admit(service: Service, visit: Visit, ask: Ask) -> Seat:

@@ -139,11 +139,6 @@ class Settings:
         self.now  # noqa: B018  what changes from here on is a change
         return self
 
-    @property
-    def database_url(self) -> str:
-        """Where keys, ledger and batches are kept."""
-        return self.database or f"sqlite:///{self.data / 'hadal.db'}"
-
     @cached_property
     def names(self) -> Names:
         """Every name of the model."""

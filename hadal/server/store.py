@@ -15,9 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
-from hadal.accounts.tables import AccountsError, cause, insert_new, open_database
+from hadal.accounts.tables import cause, insert_new, ledger, lock, name_of
 from hadal.server.errors import APIError
-from hadal.server.settings import Settings
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")  # what a batch is before its end
 KINDS = ("output", "error")  # of files that a batch makes
@@ -54,39 +53,32 @@ batches = sa.Table(
     *_columns(sa.String, "endpoint", "input_file_id", "output_file_id", "error_file_id"),
     *_columns(sa.BigInteger, *(f"{name}_at" for name in MOMENTS)),
     *_columns(sa.BigInteger, "total", "succeeded", "erred", "output_seconds"),
-    *_columns(sa.JSON, "metadata", "errors"),
+    *_columns(sa.JSON, "metadata", "errors", "usage"),
 )
 
 
 class Store:
-    """Rows of files and batches, each seen by its own key only. Methods wait for the database: call them in a thread.
+    """Rows of files and batches, each seen by its own key only, and in `folder` the bytes of this database's files.
 
-    They raise APIError: 404 for an id that the key does not have, 503 while the database does not answer.
+    Methods wait for the database: call them in a thread. They raise APIError: 404 for an id that the key does not have,
+    503 while the database does not answer.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, database: Engine, data: Path, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
-        self.folder = settings.data
-        self._url = settings.database_url
+        self.folder = data / f"files-{name_of(database, data)}"
+        self._database = database
 
     @cached_property
-    def _engine(self) -> Engine:
-        engine = open_database(self._url)
-        with engine.begin() as connection:
-            for table in _metadata.sorted_tables:
-                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
-        return engine
-
-    def close(self) -> None:
-        """Let go of the database."""
-        if "_engine" in self.__dict__:
-            self._engine.dispose()
+    def _ready(self) -> Engine:
+        with self._database.begin() as connection:
+            lock(connection)
+            _metadata.create_all(connection)
+        return self._database
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file lie."""
-        return self.folder / "files" / file_id
+        return self.folder / file_id
 
     def stamp(self, kind: str) -> dict[str, Any]:
         """A new id and the moment, for a row."""
@@ -98,6 +90,7 @@ class Store:
         if table is batches:
             counted = counted.where(table.c.status.in_(OPEN))
         with self._begin() as connection:
+            lock(connection)
             if connection.execute(counted.select_from(table)).scalar_one() >= most:
                 raise APIError(429, f"there are {most} {what} already, which is the limit; {_REMEDY[table.name]}")
             connection.execute(sa.insert(table).values(**row))
@@ -105,8 +98,10 @@ class Store:
     def get(self, table: sa.Table, key: str, id: str) -> Row[Any]:
         """The row with this id."""
         query = sa.select(table).where(table.c.id == id, table.c.key == key, self._live(table))
-        with self._begin() as connection:
-            row = connection.execute(query).one_or_none()
+        row = None
+        if id.isascii() and id.isprintable():  # a database may not even look up others
+            with self._begin() as connection:
+                row = connection.execute(query).one_or_none()
         if row is None:
             raise APIError(
                 404, f"there is no {_NAME[table.name]} {id[:80]!r} here; it may have expired or been deleted"
@@ -186,7 +181,9 @@ class Store:
         with self._begin() as connection:
             for row in made:
                 insert_new(connection, files, [dict(row)])
-            connection.execute(sa.update(batches).where(batches.c.id == id).values(status=status, **values))
+            which = batches.c.id == id
+            values["usage"] = _usage(connection, id, sa.select(batches.c.created // 1000 - 60_000).where(which))
+            connection.execute(sa.update(batches).where(which).values(status=status, **values))
 
     def _live(self, table: sa.Table) -> Any:
         return sa.true() if table is batches else sa.func.coalesce(files.c.expires, 2**62) > int(self.clock())
@@ -194,9 +191,9 @@ class Store:
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
         try:
-            with self._engine.begin() as connection:
+            with self._ready.begin() as connection:
                 yield connection
-        except (SQLAlchemyError, AccountsError) as error:
+        except SQLAlchemyError as error:
             raise APIError(
                 503, f"files and batches cannot be looked up now ({cause(error)}); try again later", retry_after=5
             ) from error
@@ -224,7 +221,7 @@ def show_batch(row: Row[Any]) -> dict[str, Any]:
         "input_file_id": row.input_file_id, "output_file_id": row.output_file_id, "error_file_id": row.error_file_id,
         "errors": row.errors and {"object": "list", "data": row.errors}, "created_at": row.created // 10**6, **moments,
         "request_counts": {"total": row.total, "completed": row.succeeded, "failed": row.erred},
-        "metadata": known["metadata"],
+        "usage": row.usage, "metadata": known["metadata"],
     }  # fmt: skip
 
 
@@ -241,6 +238,20 @@ def on_disk() -> Iterator[None]:
             reason if full else f"the file cannot be kept or read now ({cause(error)}); try again later",
             code="insufficient_storage" if full else None,
         ) from error
+
+
+def _usage(connection: Connection, id: str, since: Any) -> dict[str, Any]:
+    """What the ledger says of a batch's requests, in OpenAI's shape; what the server failed on does not count."""
+    table = ledger.c
+    sums = (
+        sa.func.coalesce(sa.func.sum(column), 0) for column in (table.hit, table.miss, table.output, table.reasoning)
+    )
+    query = sa.select(*sums).where(table.batch == id, table.time >= since.scalar_subquery(), table.status < 500)
+    hit, miss, output, reasoning = map(int, connection.execute(query).one())
+    return {
+        "input_tokens": hit + miss, "input_tokens_details": {"cached_tokens": hit}, "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": reasoning}, "total_tokens": hit + miss + output,
+    }  # fmt: skip
 
 
 def _readers(id: str) -> Any:

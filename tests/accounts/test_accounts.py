@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,11 @@ def test_costs_follow_the_price_list_in_use(opened: Open) -> None:
     with pytest.raises(PriceError, match="unknown price list"):
         accounts.price_list = "flashy"
     assert accounts.price_list == "flash"
+
+
+def test_the_database_lies_in_the_data_folder_unless_told(opened: Open, tmp_path: Path) -> None:
+    assert opened().database.url.database == str(tmp_path / "hadal.db")
+    assert opened(f"sqlite:///{tmp_path}/other.db").database.url.database == str(tmp_path / "other.db")
 
 
 def test_an_unknown_price_list_is_refused_at_the_start(opened: Open) -> None:

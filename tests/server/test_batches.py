@@ -67,7 +67,9 @@ def rows(folder: Path) -> list[Any]:
 
 @contextmanager
 def serving(folder: Path, script: dict[str, str | None] = SCRIPT, **options: Any) -> Iterator[Running]:
-    settings = {name: options.pop(name) for name in ("accounts", "start_seconds", "file_limit") if name in options}
+    settings = {
+        name: options.pop(name) for name in ("accounts", "start_seconds", "file_limit", "body_limit") if name in options
+    }
     if "accounts" not in settings:
         settings["accounts"] = Accounts(folder=folder)
     with running(scripted_llm(script, **{"max_concurrent": 4} | options), data=folder, **settings) as server:
@@ -122,6 +124,9 @@ def test_answers_and_errors_come_in_files_of_their_own(client: openai.OpenAI, fo
     statuses = {name: line["response"]["status_code"] for name, line in bad.items()}
     assert statuses == {"three": 400, "four": 422, "five": 422, "six": 500}
     assert bad["four"]["response"]["body"]["error"]["param"] == "temperature"
+    used = done.usage
+    assert used and used.output_tokens >= body["usage"]["completion_tokens"] and used.input_tokens > 0
+    assert used.total_tokens == used.input_tokens + used.output_tokens
     file = client.files.retrieve(done.output_file_id or "")
     assert file.purpose == "batch_output" and file.expires_at == file.created_at + 3600
     written = [row for row in rows(folder)[before:] if row.status == 200]

@@ -44,7 +44,7 @@ def connect(server: Running, key: str = "none") -> openai.OpenAI:
 
 
 def kept(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "files").glob("*")}
+    return {path.name for path in folder.glob("files-*/*")}
 
 
 def send_form(
@@ -72,7 +72,7 @@ def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI, folder: Path) -
     assert got.read() == data
     assert got.response.headers["content-disposition"] == "attachment; filename*=utf-8''t%C3%A4ble.bin"
     assert got.response.headers["content-type"] == "application/octet-stream"
-    path = folder / "files" / made.id
+    (path,) = folder.glob(f"files-*/{made.id}")
     assert path.read_bytes() == data and path.stat().st_mode & 0o077 == 0
     assert client.files.delete(made.id).deleted
     assert made.id not in kept(folder)
@@ -97,12 +97,13 @@ def test_lists_have_pages_orders_and_purposes(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..\\..\\boot.ini", "/abs/olute", "..", "a\x00b", "x" * 600, ""])
 def test_a_clients_name_never_becomes_a_path(server: Running, folder: Path, name: str) -> None:
+    connect(server).files.list()
     before = {path for path in folder.rglob("*")}
     status, body = send_form(server, [part("purpose", b"batch"), part("file", b"{}", name)])
     if status == 200:
         made = connect(server).files.list().data[0]
         assert "/" not in made.filename and "\\" not in made.filename and ".." not in made.filename
-        assert {p for p in folder.rglob("*")} - before == {folder / "files" / made.id}
+        assert {p for p in folder.rglob("*")} - before == {*folder.glob(f"files-*/{made.id}")}
         connect(server).files.delete(made.id)
     else:
         assert status in (400, 422), body
@@ -142,6 +143,9 @@ ANCHOR = part("expires_after[anchor]", b"created_at")
         ([PURPOSE, FILE, part("color", b"r" * 5000)], 422, b"color"),
         ([PURPOSE, part("file", b"abc")], 422, b"`file`"),
         ([PURPOSE, part("purpose", b"x", "x")], 422, b"purpose"),
+        ([part("n" * 900, b""), part("n" * 900, b"")], 422, b"`" + b"n" * 80 + b"`"),
+        ([part("n" * 2000, b"")], 422, b"longer"),
+        ([part(f"n{i}", b"") for i in range(99)], 422, b"more fields"),
         ([PURPOSE, FILE, ANCHOR], 422, b"expires_after.seconds"),
         (
             [PURPOSE, FILE, ANCHOR, part("expires_after[seconds]", b"9")],

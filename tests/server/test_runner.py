@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import subprocess
@@ -44,7 +45,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def output_of(folder: Path) -> bytes:
     """What batches have written so far: whole lines of all files."""
-    data = [path.read_bytes() for path in (folder / "files").glob("file-*") if b"batch_req_" in path.read_bytes()[:40]]
+    data = [path.read_bytes() for path in folder.glob("files-*/file-*") if b"batch_req_" in path.read_bytes()[:40]]
     return b"".join(part[: part.rfind(b"\n") + 1] for part in data)
 
 
@@ -72,7 +73,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, kills: int) -> Non
     assert made is not None
     first = {row.id: row.recorded for row in rows(tmp_path)}
     # A crash between the row in the ledger and the line in the file, and one in the middle of a line.
-    (path,) = [p for p in (tmp_path / "files").glob("file-*") if p.read_bytes().startswith(before[:60])]
+    (path,) = [p for p in tmp_path.glob("files-*/file-*") if p.read_bytes().startswith(before[:60])]
     lines = before.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
     with serving(tmp_path) as server:
@@ -142,6 +143,51 @@ def test_only_so_many_lines_are_in_memory(tmp_path: Path) -> None:
         assert 0 < seen <= 6
         assert counted(client, made.id) == 400
     assert len(kept(tmp_path)) == 2
+
+
+def test_long_lines_are_read_beside_the_loop_and_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, read_line, here = runner.Batches._line, runner.read_line, set[int]()
+    in_hand = most = 0
+
+    async def watch(self: runner.Batches, run: Any, id: str, raw: bytes) -> None:
+        nonlocal in_hand, most
+        here.add(threading.get_ident())
+        in_hand += 1
+        most = max(most, in_hand)
+        await work(self, run, id, raw)
+        in_hand -= 1
+
+    def read_elsewhere(*given: Any) -> Any:
+        assert threading.get_ident() not in here
+        return read_line(*given)
+
+    with serving(tmp_path, body_limit=100_000) as server:
+        client = connect(server)
+        for size, wanted in ((60_000, 1), (20_000, 4), (0, 12)):
+            most = 0
+            monkeypatch.setattr(runner.Batches, "_line", watch)
+            monkeypatch.setattr(runner, "read_line", read_elsewhere)
+            lines = [json.dumps(request(f"{i}", "cat")).encode() + b" " * size for i in range(12)]
+            done = ended(client, begin(client, *lines).id)
+            assert done.request_counts and done.request_counts.completed == 12 and 1 <= most <= wanted
+
+
+def test_a_batch_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, broken = runner.check, True
+
+    def broken_for_messages(path: Path, endpoint: str, limit: int) -> Any:
+        if broken and endpoint == "/v1/messages":
+            raise OSError(errno.EIO, "the disk is old")
+        return check(path, endpoint, limit)
+
+    monkeypatch.setattr(runner, "check", broken_for_messages)
+    with serving(tmp_path) as server:
+        client = connect(server)
+        first = begin(client, request("a", "cat", "/v1/messages"), endpoint="/v1/messages")
+        assert ended(client, begin(client, request("a", "cat")).id).status == "completed"
+        assert client.batches.retrieve(first.id).status == "validating"
+        broken = False
+        assert ended(client, first.id).status == "completed"
 
 
 def test_a_server_that_drains_finishes_what_runs_and_goes_on_later(tmp_path: Path) -> None:

@@ -117,10 +117,3 @@ def test_a_broken_or_missing_file_leaves_settings_as_they_were(
         write(file, bad)
     assert [settings.now.price_list for _ in range(3)] == ["a"] * 3
     assert caplog.text.count("settings stay as they were") == 1
-
-
-def test_the_database_lies_in_the_data_folder_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HADAL_DATA", str(tmp_path))
-    assert read_settings().database_url == f"sqlite:///{tmp_path}/hadal.db"
-    given: dict[str, Any] = {"database": "postgresql://host/db"}
-    assert read_settings(**given).database_url == "postgresql://host/db"

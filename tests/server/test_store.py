@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from hadal.accounts.tables import ledger, lock, open_database
 from hadal.server import store as tables
 from hadal.server.errors import APIError
 from hadal.server.files import sweep
-from hadal.server.settings import Settings
 from hadal.server.store import Store
 from tests.accounts.conftest import postgresql, url
 
@@ -34,10 +34,11 @@ class Clock:
 
 @pytest.fixture
 def opened(tmp_path: Path, url: str) -> Any:
-    (tmp_path / "files").mkdir()
-    store = Store(Settings(data=tmp_path, database=url), Clock())
+    engine = open_database(url)
+    store = Store(engine, tmp_path, Clock())
+    store.folder.mkdir()
     yield store
-    store.close()
+    engine.dispose()
 
 
 def add_file(store: Store, key: str = "ann", **values: Any) -> str:
@@ -59,7 +60,7 @@ def status_of(wrong: Callable[[], object]) -> int:
     return caught.value.status
 
 
-def test_files_go_when_their_time_has_come_but_not_under_a_batch(opened: Store, tmp_path: Path) -> None:
+def test_files_go_when_their_time_has_come_but_not_under_a_batch(opened: Store) -> None:
     clock: Any = opened.clock
     ids = [add_file(opened, expires=expires) for expires in (None, 1_000_100, 1_000_100)]
     batch = add_batch(opened, ids[2])
@@ -68,21 +69,21 @@ def test_files_go_when_their_time_has_come_but_not_under_a_batch(opened: Store, 
     assert [row["id"] for row in opened.page(tables.files, "ann", None, 9)["data"]] == [ids[0]]
     assert status_of(lambda: opened.get(tables.files, "ann", ids[1])) == 404
     sweep(opened)
-    assert set(os.listdir(tmp_path / "files")) == {ids[0], ids[2]}
+    assert set(os.listdir(opened.folder)) == {ids[0], ids[2]}
     opened.end(batch, "cancelled", [])
     sweep(opened)
-    assert os.listdir(tmp_path / "files") == [ids[0]]
+    assert os.listdir(opened.folder) == [ids[0]]
 
 
-def test_what_a_crash_left_behind_is_swept_once_it_is_old(opened: Store, tmp_path: Path) -> None:
+def test_what_a_crash_left_behind_is_swept_once_it_is_old(opened: Store) -> None:
     kept = add_file(opened)
     made = tables.made_id(add_batch(opened, kept), "output")
     for name, age in (("file-1.part", 7200), ("file-2", 7200), ("file-3.part", 10), (kept, 7200), (made, 7200)):
-        path = tmp_path / "files" / name
+        path = opened.folder / name
         path.write_bytes(b"x")
         os.utime(path, (time.time() - age,) * 2)
     sweep(opened)
-    assert set(os.listdir(tmp_path / "files")) == {"file-3.part", kept, made}
+    assert set(os.listdir(opened.folder)) == {"file-3.part", kept, made}
 
 
 def test_a_batch_changes_from_the_statuses_named_only(opened: Store) -> None:
@@ -135,17 +136,75 @@ def test_a_key_has_so_many_of_each(opened: Store) -> None:
     add_batch(opened, files[0])
 
 
+def test_no_key_gets_more_however_many_ask_at_once(opened: Store) -> None:
+    opened.open_batches()
+
+    def attempt(_: int) -> bool:
+        try:
+            return bool(add_file(opened))
+        except APIError as error:
+            assert error.status == 429, error
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(attempt, range(24))].count(True) == 10
+
+
+@pytest.mark.parametrize("id", ["file-\0", "\ud800", "", "x" * 10**5])
+def test_ids_that_no_database_can_look_up_are_unknown(opened: Store, id: str) -> None:
+    assert status_of(lambda: opened.get(tables.files, "ann", id)) == 404
+    assert status_of(lambda: opened.page(tables.files, "ann", id, 9)) == 404
+
+
+def test_another_database_leaves_files_alone(opened: Store, url: str, tmp_path: Path) -> None:
+    kept = opened.path(add_file(opened))
+    os.utime(kept, (1, 1))
+    engine = open_database(f"sqlite:///{tmp_path}/other.db")
+    sweep(Store(engine, tmp_path))
+    engine.dispose()
+    assert kept.exists()
+
+
+def test_files_are_found_again_where_the_data_folder_has_moved(tmp_path: Path) -> None:
+    folders = []
+    for name in ("here", "there"):
+        engine = open_database(f"sqlite:///{tmp_path / name}/hadal.db")
+        folders.append(Store(engine, tmp_path / name).folder.relative_to(tmp_path / name))
+        engine.dispose()
+    assert folders[0] == folders[1]
+
+
+def test_a_batch_tells_what_its_requests_used(opened: Store) -> None:
+    batch = add_batch(opened, add_file(opened))
+    opened.open_batches()
+    common = {"recorded": 0, "server": "", "user": "", "tenant": "", "api": "batch", "model": "", "priority": 0,
+              "total_s": 0.0, "price_list": "", "cost": 0}  # fmt: skip
+    rows = [(batch, 200, 5), (batch, 400, 1), (batch, 500, 100), ("batch_other", 200, 1000)]
+    with opened._database.begin() as connection:
+        for number, (of, status, count) in enumerate(rows):
+            used = {"hit": count, "miss": 2 * count, "output": 3 * count, "reasoning": count}
+            moment = {"id": str(number), "time": 1_000_000_500, "status": status, "batch": of}
+            connection.execute(sa.insert(ledger).values(**common, **used, **moment))
+    opened.end(batch, "completed", [])
+    assert tables.show_batch(opened.get(tables.batches, "ann", batch))["usage"] == {
+        "input_tokens": 18, "input_tokens_details": {"cached_tokens": 6}, "output_tokens": 18,
+        "output_tokens_details": {"reasoning_tokens": 6}, "total_tokens": 36,
+    }  # fmt: skip
+
+
 def test_a_database_that_is_away_is_told(tmp_path: Path) -> None:
-    (tmp_path / "hadal.db").write_bytes(b"no database" * 100)
-    store = Store(Settings(data=tmp_path))
-    assert status_of(lambda: store.get(tables.files, "", "file-x")) == 503
+    engine = open_database(f"sqlite:///{tmp_path}/hadal.db")
+    with engine.connect() as other:
+        lock(other)
+        assert status_of(lambda: Store(engine, tmp_path).get(tables.files, "", "file-x")) == 503
+    engine.dispose()
 
 
 def test_several_servers_open_one_database_at_once(url: str, tmp_path: Path) -> None:
-    stores = [Store(Settings(data=tmp_path, database=url)) for _ in range(6)]
+    stores = [Store(open_database(url), tmp_path) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
         assert [*pool.map(lambda store: store.open_batches(), stores)] == [[]] * 6
-    names = set(sa.inspect(stores[0]._engine).get_table_names())
+    names = set(sa.inspect(stores[0]._database).get_table_names())
     assert {"files", "batches", "ledger"} <= names
     for store in stores:
-        store.close()
+        store._database.dispose()
