@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ _SAMPLE_SECONDS = 5.0
 _SAMPLES = 180
 _SPEND_SECONDS = 5.0  # how old the sums over the ledger may be
 _RETRY = {"retry-after": "5"}
+_log = logging.getLogger("hadal.server")
 
 
 @dataclass
@@ -54,7 +56,10 @@ class History:
     async def keep(self) -> None:
         """Sample for ever."""
         while True:
-            self.sample()
+            try:
+                self.sample()
+            except Exception:  # a figure that is missing is no reason to show none from then on
+                _log.exception("the figures of now could not be taken")
             await asyncio.sleep(_SAMPLE_SECONDS)
 
     def sample(self) -> None:

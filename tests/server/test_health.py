@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from hadal.accounts import Accounts, AccountsError
-from hadal.server import create_app
+from hadal.server import create_app, health
 from hadal.server.backend import LocalBackend
 from hadal.server.health import History, Startup
 from hadal.server.settings import Settings
@@ -90,6 +90,21 @@ def test_status_lacks_the_spend_while_the_ledger_cannot_be_read(client: TestClie
 
     monkeypatch.setattr(Accounts, "usage", away)
     assert "spend" not in client.get("/status").json()
+
+
+def test_a_figure_that_fails_once_does_not_end_the_sampling(app: FastAPI, monkeypatch: Any) -> None:
+    def fail(service: Any) -> None:
+        monkeypatch.setattr(health, "take_vitals", take_vitals)
+        raise RuntimeError("on purpose")
+
+    take_vitals = health.take_vitals
+    monkeypatch.setattr(health, "take_vitals", fail)
+    monkeypatch.setattr(health, "_SAMPLE_SECONDS", 0.01)
+    with TestClient(app) as client:
+        end = time.monotonic() + 10
+        while not client.get("/status").json()["history"]:
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
 
 def test_rates_are_those_since_the_last_sample(tmp_path: Path, monkeypatch: Any) -> None:
