@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hadal.server.errors import APIError
 from hadal.server.gate import error_response
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # that the engine could use. The more streams there are, the longer is the pause of each.
 _LEAST_PAUSE = 0.008
 _EVENTS_PER_SECOND = 1500.0
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class Reply(Response):
@@ -34,8 +36,14 @@ class Reply(Response):
         self._began = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until done, or until the client is gone: then the engine drops the answer within a step."""
-        sending = self._stream(send) if self._seat.ask.stream else self._whole(scope, receive, send)
+        """Send until done, or until the client is gone or reads no more: the engine drops the answer within a step."""
+        seconds = self._service.settings.body_seconds
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(seconds):
+                await send(message)
+
+        sending = self._stream(send_in_time) if self._seat.ask.stream else self._whole(scope, receive, send_in_time)
         work = asyncio.ensure_future(sending)
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
@@ -43,7 +51,10 @@ class Reply(Response):
             if work.done():
                 work.result()
         except OSError:
-            pass  # the connection broke while sending
+            pass  # the connection broke while sending, or took nothing for too long
+        except Exception:
+            self._service.leave(self._seat, APIError(500, "the server failed on this request; see its log"))
+            raise
         finally:
             self._service.leave(self._seat)
             for task in (work, gone):
@@ -82,14 +93,14 @@ class Reply(Response):
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A slow answer's connection is kept open by blank lines; from then on an error can only break it off."""
         service, seat = self._service, self._seat
-        answer = asyncio.ensure_future(service.whole(seat, self._wire))
+        answer = asyncio.ensure_future(self._written())
         try:
             while not (await asyncio.wait({answer}, timeout=service.settings.keep_alive_seconds))[0]:
                 if not self._began:
                     await self._start(send)
                 await _body(send, b"\n")
             try:
-                body = dump(answer.result()).encode()
+                body = answer.result()
             except APIError as error:
                 service.leave(seat, error)
                 if self._began:
@@ -103,6 +114,13 @@ class Reply(Response):
             await _body(send, body, more=False)
         finally:
             answer.cancel()
+
+    async def _written(self) -> bytes:
+        told = await self._service.whole(self._seat, self._wire)
+        if not self._seat.scored:
+            return dump(told).encode()
+        # Piece by piece, since encoding at one go lets no other thread in, the event loop's neither.
+        return await asyncio.to_thread(lambda: "".join(_ENCODER.iterencode(told)).encode())
 
     def _tell_cost(self) -> None:
         if self._seat.visit.show_cost:

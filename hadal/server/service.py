@@ -43,6 +43,11 @@ class Seat:
     context: Context
     left: bool = False
 
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities were asked for, which make answers large."""
+        return any(self.ask.sampling.get(name) is not None for name in ("logprobs", "prompt_logprobs"))
+
 
 class Service:
     """One server's state. All methods belong to the event loop's thread."""
@@ -81,13 +86,6 @@ class Service:
         backend.start()
         self._backend = backend
 
-    async def drain(self, seconds: float) -> None:
-        """Let nobody in any more, and wait for those who are until they end or `seconds` have passed."""
-        self.draining = True
-        end = time.monotonic() + seconds
-        while self.seats and time.monotonic() < end:
-            await asyncio.sleep(0.05)
-
     async def close(self) -> None:
         """End what is under way and write what is to be kept."""
         self.draining = True
@@ -103,15 +101,11 @@ class Service:
         visit.id = getattr(request.state, "request_id", visit.id)
         visit.show_cost = request.headers.get("x-hadal-cost", "").lower() in ("1", "true", "usd")
         seat = await self.admit(visit, ask)
-        return Reply(self, seat, make(seat.context))
-
-    async def answer(self, visit: Visit, ask: Ask, make: MakeWire) -> dict[str, object]:
-        """The finished response without HTTP; APIError when there is none."""
-        seat = await self.admit(visit, ask)
         try:
-            return await self.whole(seat, make(seat.context))
-        finally:
-            self.leave(seat)
+            return Reply(self, seat, make(seat.context))
+        except Exception:
+            self.leave(seat, APIError(500, "the server failed on this request; see its log"))
+            raise
 
     async def render(self, request: Request, api: str, ask: Ask) -> tuple[int, ...]:
         """The token ids of the prompt that `ask` makes; APIError when it cannot be served."""
@@ -209,7 +203,7 @@ class Service:
         """
         visit, ticket = seat.visit, seat.ticket
         while ticket.open:
-            parts = await ticket.take(self._patience(visit, patience))
+            parts = await ticket.take(self._time_left(visit, patience))
             for index, delta in parts:
                 if delta.token_ids:
                     visit.saw(len(delta.token_ids))
@@ -223,24 +217,22 @@ class Service:
             last = len(parts) - 1
             yield [(index, delta, usage if i == last else None) for i, (index, delta) in enumerate(parts)]
 
-    def _patience(self, visit: Visit, patience: float) -> float:
-        """How long to wait for the next delta; APIError for a request that began too late or runs too long."""
-        now, settings = time.monotonic(), self.settings
-        if visit.api == "batch":  # it has days
-            return patience
-        if visit.first_token is None and now >= visit.began + settings.start_seconds:
-            raise APIError(
-                503,
-                f"the answer has not begun within {settings.start_seconds:g} s; try again when the server is less busy",
-                code="start_timeout",
-            )
-        limit = settings.request_seconds
-        if limit is not None and now >= visit.began + limit:
-            raise APIError(
-                503, f"the answer took more than {limit:g} s, which is this server's limit", code="request_timeout"
-            )
-        end = visit.began + min(settings.start_seconds if visit.first_token is None else 1e9, limit or 1e9)
-        return max(min(patience, end - now), 0.001)
+    def _time_left(self, visit: Visit, most: float) -> float:
+        """Seconds to wait for the next delta; APIError for a request that began too late or runs too long."""
+        settings, ends = self.settings, []
+        if visit.api != "batch":  # which has days
+            if visit.first_token is None:
+                told = f"the answer has not begun within {settings.start_seconds:g} s; try again later"
+                ends.append((settings.start_seconds, told, "start_timeout"))
+            if (limit := settings.request_seconds) is not None:
+                told = f"the answer took more than {limit:g} s, which is this server's limit"
+                ends.append((limit, told, "request_timeout"))
+        for seconds, told, code in ends:
+            left = visit.began + seconds - time.monotonic()
+            if left <= 0:
+                raise APIError(503, told, code=code)
+            most = min(most, left)
+        return max(most, 0.001)
 
     async def whole(self, seat: Seat, wire: Wire) -> dict[str, object]:
         """The finished response; APIError when there is none."""
@@ -248,7 +240,7 @@ class Service:
         async for parts in self.follow(seat, 3600.0):
             usage = parts[-1][2] if parts else None
         assert usage is not None
-        return wire.whole([generation.output() for generation in seat.ticket.generations], usage)
+        return await asyncio.to_thread(_whole, seat, wire, usage) if seat.scored else _whole(seat, wire, usage)
 
     async def _settle(self, seat: Seat) -> Usage:
         """Write the row of finished answers; nobody sees their end before it is safe."""
@@ -330,6 +322,10 @@ class Service:
                 observer(visit)
             except Exception:
                 _log.exception("an observer of visits failed")
+
+
+def _whole(seat: Seat, wire: Wire, usage: Usage) -> dict[str, object]:
+    return wire.whole([generation.output() for generation in seat.ticket.generations], usage)
 
 
 def _give_up(prepared: asyncio.Future[tuple[list[Generation], Hold]]) -> None:

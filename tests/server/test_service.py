@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +54,29 @@ class PlainWire:
         return {"texts": [output.text for output in outputs], "usage": usage.to_openai()}
 
 
-def add_plain_api(app: FastAPI) -> None:
+class UnmadeWire(PlainWire):
+    def __init__(self, context: Context) -> None:
+        raise LookupError("no such wire")
+
+
+def add_plain_api(app: FastAPI, make: Any = PlainWire) -> None:
     service = app.state.service
 
     async def plain(request: Request) -> Any:
         body = await request.json()
         messages = ({"role": "user", "content": body.pop("text")},)
         body["sampling"] = {"max_tokens": 200_000} | body.get("sampling", {})
-        return await service.respond(request, "plain", Ask("scripted", messages, **body), PlainWire)
+        return await service.respond(request, "plain", Ask("scripted", messages, **body), make)
 
     app.add_route("/plain", plain, methods=["POST"])
 
 
 @contextmanager
-def plain(script: dict[str, str | None] = SCRIPT, *, engine: Any = None, **options: Any) -> Iterator[Running]:
+def plain(
+    script: dict[str, str | None] = SCRIPT, *, engine: Any = None, prepare: Any = add_plain_api, **options: Any
+) -> Iterator[Running]:
     llm = scripted_llm(script, **({"context": 300_000, "max_concurrent": 2} | (engine or {})))
-    with running(llm, prepare=add_plain_api, **options) as server:
+    with running(llm, prepare=prepare, **options) as server:
         yield server
 
 
@@ -158,6 +166,13 @@ def test_what_never_ran_is_not_paid_for() -> None:
         running_one.close()
         until(lambda: len(rows(server)) == 2)
         assert rows(server)[1]["miss"] > 0 and rows(server)[1]["cost"] > 0
+
+
+def test_a_mistake_before_an_answer_begins_frees_its_seat() -> None:
+    with plain(prepare=partial(add_plain_api, make=UnmadeWire)) as server:
+        assert send(server, "endless").status == 500
+        until(lambda: not server.active() and not server.llm.busy)
+        until(lambda: [(r["status"], int(r["cost"])) for r in rows(server)] == [(500, 0)])
 
 
 def test_what_the_model_cannot_answer_is_an_error_in_both_ways() -> None:
