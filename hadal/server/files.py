@@ -154,7 +154,7 @@ def publish(part: Path, path: Path) -> None:
 
 def sweep(store: Store) -> None:
     """Delete files whose time has come, and what a crash left behind."""
-    store.forget_files(store.expired_files())
+    store.remove_expired()
     old = time.time() - _ORPHAN_SECONDS
     stray = {path.name for path in store.folder.glob("file-*") if path.stat().st_mtime < old}
     for name in stray - store.all_files() if stray else ():

@@ -190,7 +190,15 @@ class Batches:
     async def _run(self, run: _Run) -> None:
         try:
             if run.end is None:
-                await self._feed_until_cut(run)
+                run.feeding = True
+                try:
+                    await self._feed(run)
+                except asyncio.CancelledError:
+                    if run.end is None:
+                        raise
+                    run.task.uncancel()
+                finally:
+                    run.feeding = False
             if run.end is not None or not self.service.draining:
                 await self._finish(run)
         except Exception as error:
@@ -204,22 +212,10 @@ class Batches:
             del self._runs[run.row.id]
             self.wake()
 
-    async def _feed_until_cut(self, run: _Run) -> None:
-        run.feeding = True
-        try:
-            await self._feed(run)
-        except asyncio.CancelledError:
-            if run.end is None:
-                raise
-            run.task.uncancel()
-        finally:
-            run.feeding = False
-
     async def _feed(self, run: _Run) -> None:
         limits, limit = run.key.limits if run.key else None, self.service.settings.body_limit
         # A key's own requests must find room beside its batch.
-        most = _IN_FLIGHT if limits is None or limits.concurrent is None else max(1, limits.concurrent // 2)
-        most = min(most, _IN_FLIGHT)
+        most = min(_IN_FLIGHT, max(1, limits.concurrent // 2) if limits and limits.concurrent else _IN_FLIGHT)
         room = asyncio.Semaphore(most)
 
         def leave(places: int) -> None:
@@ -242,6 +238,7 @@ class Batches:
     async def _line(self, run: _Run, id: str, raw: bytes) -> None:
         """Run one line until it has an answer or an error of its own."""
         line = await asyncio.to_thread(read_line, raw, run.row.endpoint, self.service.settings.body_limit)
+        del raw
         tries = 0
         while not self.service.draining:
             try:

@@ -130,31 +130,18 @@ class Store:
     def remove_file(self, key: str, id: str) -> None:
         """Forget a file and delete its bytes; 409 while a batch reads it."""
         self.get(files, key, id)
-        with self._begin() as connection:
-            if connection.execute(_readers(id)).first():
-                raise APIError(409, f"file {id} is the input of a batch that has not ended; cancel that first")
-            connection.execute(sa.delete(files).where(files.c.id == id))
-        self.path(id).unlink(missing_ok=True)
+        if not self._forget(files.c.id == id):
+            raise APIError(409, f"file {id} is the input of a batch that has not ended; cancel that first")
 
-    def expired_files(self) -> list[str]:
-        """Ids of files whose time has come and that no batch reads."""
-        used = sa.select(batches.c.input_file_id).where(batches.c.status.in_(OPEN))
-        query = sa.select(files.c.id).where(sa.not_(self._live(files)), files.c.id.not_in(used))
-        with self._begin() as connection:
-            return list(connection.execute(query).scalars())
+    def remove_expired(self) -> None:
+        """Forget the files whose time has come, unless a batch reads them."""
+        self._forget(sa.not_(self._live(files)))
 
     def all_files(self) -> set[str]:
         """Ids of everybody's files, those included that batches are writing."""
         with self._begin() as connection:
             known = set(connection.execute(sa.select(files.c.id)).scalars())
         return known | {made_id(row.id, kind) for row in self.open_batches() for kind in KINDS}
-
-    def forget_files(self, ids: Sequence[str]) -> None:
-        """Delete rows and bytes."""
-        with self._begin() as connection:
-            connection.execute(sa.delete(files).where(files.c.id.in_(ids)))
-        for id in ids:
-            self.path(id).unlink(missing_ok=True)
 
     def open_batches(self) -> Sequence[Row[Any]]:
         """Everybody's batches that have not ended, the oldest first."""
@@ -185,6 +172,15 @@ class Store:
             values["usage"] = _usage(connection, id, sa.select(batches.c.created // 1000 - 60_000).where(which))
             connection.execute(sa.update(batches).where(which).values(status=status, **values))
 
+    def _forget(self, which: Any) -> int:
+        used = sa.select(batches.c.input_file_id).where(batches.c.status.in_(OPEN))
+        gone = sa.delete(files).where(which, files.c.id.not_in(used)).returning(files.c.id)
+        with self._begin() as connection:
+            ids = connection.execute(gone).scalars().all()
+        for id in ids:
+            self.path(id).unlink(missing_ok=True)
+        return len(ids)
+
     def _live(self, table: sa.Table) -> Any:
         return sa.true() if table is batches else sa.func.coalesce(files.c.expires, 2**62) > int(self.clock())
 
@@ -214,14 +210,12 @@ def show_file(row: Row[Any]) -> dict[str, Any]:
 
 def show_batch(row: Row[Any]) -> dict[str, Any]:
     """A batch in OpenAI's shape."""
-    known = row._mapping
-    moments = {f"{name}_at": known[f"{name}_at"] for name in MOMENTS}
-    return {
-        "id": row.id, "object": "batch", "endpoint": row.endpoint, "status": row.status, "completion_window": "24h",
-        "input_file_id": row.input_file_id, "output_file_id": row.output_file_id, "error_file_id": row.error_file_id,
-        "errors": row.errors and {"object": "list", "data": row.errors}, "created_at": row.created // 10**6, **moments,
+    files_of = ("input_file_id", "output_file_id", "error_file_id")
+    alike = ("id", "endpoint", "status", *files_of, *(f"{name}_at" for name in MOMENTS), "metadata", "usage")
+    return {name: row._mapping[name] for name in alike} | {
+        "object": "batch", "completion_window": "24h", "created_at": row.created // 10**6,
+        "errors": row.errors and {"object": "list", "data": row.errors},
         "request_counts": {"total": row.total, "completed": row.succeeded, "failed": row.erred},
-        "usage": row.usage, "metadata": known["metadata"],
     }  # fmt: skip
 
 
@@ -252,10 +246,6 @@ def _usage(connection: Connection, id: str, since: Any) -> dict[str, Any]:
         "input_tokens": hit + miss, "input_tokens_details": {"cached_tokens": hit}, "output_tokens": output,
         "output_tokens_details": {"reasoning_tokens": reasoning}, "total_tokens": hit + miss + output,
     }  # fmt: skip
-
-
-def _readers(id: str) -> Any:
-    return sa.select(batches.c.id).where(batches.c.input_file_id == id, batches.c.status.in_(OPEN))
 
 
 SHOWN: Mapping[str, Callable[[Row[Any]], dict[str, Any]]] = {"files": show_file, "batches": show_batch}

@@ -18,7 +18,7 @@ from hadal.accounts import Accounts, AccountsError, Limits, tables
 Open = Callable[..., Accounts]
 
 
-def soon(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
+def soon(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     """Whether the condition comes true in time."""
     end = time.monotonic() + seconds
     while not condition():
