@@ -96,10 +96,16 @@ MakeWire = Callable[[Context], Wire]
 COMMENT = b": keep-alive\n\n"
 
 
+# Line ends to many clients' line readers, though not to the event stream's standard.
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
 def dump(value: Any) -> str:
-    """Compact JSON; half surrogates, which no UTF-8 can carry, become escapes."""
+    """Compact JSON on one line, whoever reads it; half surrogates, which no UTF-8 can carry, become escapes."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text if text.isascii() or _encodable(text) else json.dumps(value, separators=(",", ":"))
+    if text.isascii():
+        return text
+    return text.translate(_LINE_ENDS) if _encodable(text) else json.dumps(value, separators=(",", ":"))
 
 
 def _encodable(text: str) -> bool:
