@@ -101,8 +101,8 @@ class TurnMemory:
         """The conversation with what is known of its assistant turns: tokens where nothing was changed, lost reasoning.
 
         `strict` with `tools` while `thinking` raises HistoryError for an assistant turn that came without its
-        reasoning_content, but with `synthetic` not for one with calls that were never made here, nor for one that had
-        none: APIs that tell reasoning as blocks have no empty one to send back. Nothing else fails.
+        reasoning_content, unless it was made here without any (a stream tells no empty one, so clients have none to
+        send back), and with `synthetic` unless its calls were never made here. Nothing else fails.
         """
         demands, place, recalled = strict and tools and thinking, _root(tenant), []
         for i, message in enumerate(messages):
@@ -112,11 +112,11 @@ class TurnMemory:
                 continue
             turn = self._find([*(_call_key(tenant, call_id) for call_id in _call_ids(message)), place])
             sent = message.get("reasoning_content")
-            excused = synthetic and (bool(_calls(message)) if turn is None else not turn.reasoning)
+            excused = synthetic and bool(_calls(message)) if turn is None else not turn.reasoning
             if demands and sent is None and not excused:
                 raise HistoryError(
                     f"messages[{i}] (assistant) has no reasoning_content; while thinking, a request with tools must "
-                    "send back the reasoning_content of every earlier assistant message"
+                    "send back the reasoning_content (thinking blocks, reasoning items) of all earlier assistant messages"
                 )
             recalled.append(message if turn is None else self._complete(message, turn, thinking))
         return recalled
