@@ -6,11 +6,13 @@ import asyncio
 import ipaddress
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -30,6 +32,8 @@ from hadal.server.settings import Settings
 _HEAD_SECONDS = 60.0  # that a new connection has to say what it wants
 _IDLE_SECONDS = 65  # that a connection is kept for another request
 _FLUSH_SECONDS = 2  # that connections have to take their last words
+_CLOSE_SECONDS = 5.0  # that everything may take to close behind draining
+_AT_ONCE_SECONDS = 0.5  # that a second signal leaves for it
 _log = logging.getLogger("hadal.server")
 
 Load = Callable[[Callable[[str], None]], Backend]
@@ -46,7 +50,8 @@ def run(
 
     `load` is given a function for lines of progress and called in a thread while the server already answers; what it
     raises ends the server and is raised again. The first SIGTERM or SIGINT lets requests under way end, for at most
-    `settings.drain_seconds`, the second ends them. `threads` is how many CPU threads the model uses. Left out, it
+    `settings.drain_seconds`, the second ends them; whatever still runs some seconds later ends with the process.
+    `threads` is how many CPU threads the model uses. Left out, it
     leaves one core to the HTTP side: a model's threads that wait at a barrier for one the event loop has displaced cost
     far more than the core is worth.
     """
@@ -117,6 +122,7 @@ def _configure(app: Any, settings: Settings) -> uvicorn.Config:
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="on",
         ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
+        http="h11",  # limits the size of headers
         timeout_keep_alive=_IDLE_SECONDS, timeout_graceful_shutdown=_FLUSH_SECONDS,
     )  # fmt: skip
     try:
@@ -126,12 +132,16 @@ def _configure(app: Any, settings: Settings) -> uvicorn.Config:
             f"cannot use the certificate {settings.tls_cert} with the key {settings.tls_key} ({error}); give PEM files "
             "that belong together"
         ) from None
-    config.http_protocol_class = type("Protocol", (_Impatient, config.http_protocol_class), {})
+    config.http_protocol_class = type(
+        "Protocol", (_Impatient, config.http_protocol_class), {"patience": settings.body_seconds}
+    )
     return config
 
 
 class _Impatient:
-    """Mixin of uvicorn's protocols: closes a connection that does not say what it wants."""
+    """Mixin of uvicorn's protocols: closes a connection that does not say what it wants, or takes nothing any more."""
+
+    patience: float  # seconds
 
     def connection_made(self: Any, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]
@@ -140,6 +150,24 @@ class _Impatient:
     def _close_if_silent(self: Any) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
+
+    def pause_writing(self: Any) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._watch()
+
+    def resume_writing(self: Any) -> None:
+        self._timer.cancel()
+        super().resume_writing()  # type: ignore[misc]
+
+    def _watch(self: Any) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(self.patience, self._close_if_stuck, left)
+
+    def _close_if_stuck(self: Any, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
 
 
 class _Loader(threading.Thread):
@@ -180,6 +208,9 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running = threading.Event()
         self._refused_list = ""  # of which it was told already
+        # Seconds until the process ends in any case; a queue is what a signal handler may use at any moment.
+        self._ends: queue.SimpleQueue[float] = queue.SimpleQueue()
+        threading.Thread(target=self._end_late, name="hadal-end", daemon=True).start()
 
     def wait_for_loop(self) -> asyncio.AbstractEventLoop:
         """The event loop, once the server answers."""
@@ -191,9 +222,19 @@ class _Server(uvicorn.Server):
         """The handler of SIGTERM and SIGINT."""
         if self._drained is not None:
             self.should_exit = self.force_exit = True
+            self._ends.put(_AT_ONCE_SECONDS)
         else:
             self._drained = time.monotonic() + self._service.settings.drain_seconds
             self._service.draining = True
+            self._ends.put(self._service.settings.drain_seconds + _CLOSE_SECONDS)
+
+    def _end_late(self) -> None:
+        """A step of the engine and threads of long prompts would keep the process for as long as they take."""
+        seconds = None
+        with suppress(queue.Empty):
+            while True:
+                seconds = self._ends.get(timeout=seconds)
+        os._exit(0)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; true ends the server."""

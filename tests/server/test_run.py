@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from typing import Any, cast
 import pytest
 import torch
 import uvicorn
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from uvicorn.lifespan.off import LifespanOff
 
 import hadal.server.run as room
@@ -31,13 +31,13 @@ from hadal.server.service import Service
 from hadal.server.settings import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent.parent
-# Answers with an "a" each 20 ms for ever; loads once the file `go` is there, and fails if that says so.
+# Answers with an "a" each 20 ms for ever, and not at all to whoever asks to hang. Loads once the file `go` is there,
+# and fails if that says so.
 SERVER = """
 import sys, time
 from pathlib import Path
-from hadal.llm import LLM
+import hadal.server.run as room
 from hadal.server.backend import LocalBackend
-from hadal.server.run import run
 from hadal.server.settings import Settings
 from tests.fakes import ScriptedModel, scripted_llm
 
@@ -54,9 +54,17 @@ def load(progress):
         time.sleep(0.02)
     if (folder / "go").read_text():
         raise OSError(28, (folder / "go").read_text())
-    return LocalBackend(scripted_llm({}, model=Slow, speculation=0))
+    return Hanging(scripted_llm({}, model=Slow, speculation=0))
 
-run(load, Settings(model="scripted", data=folder, drain_seconds=float(sys.argv[2])), port=0)
+class Hanging(LocalBackend):
+    def prepare(self, ask, tenant):
+        if "hang" in str(ask.messages):
+            (folder / "hangs").touch()
+            time.sleep(60)
+        return super().prepare(ask, tenant)
+
+room._CLOSE_SECONDS = 0.7
+room.run(load, Settings(model="scripted", data=folder, drain_seconds=float(sys.argv[2])), port=0)
 """
 
 
@@ -75,6 +83,13 @@ class Served:
     def load(self, text: str = "") -> None:
         (self.folder / "go.new").write_text(text)
         (self.folder / "go.new").rename(self.folder / "go")
+
+    def ask_in_vain(self) -> None:
+        """Keep a worker thread busy."""
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "hang"}]}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        self.wait_until((self.folder / "hangs").exists)
 
     def ask(self, tokens: int) -> http.client.HTTPResponse:
         """An answer under way."""
@@ -164,6 +179,21 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert server.end() == 0 and time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize(("drain_seconds", "signals"), [(0.3, 1), (60, 2)])
+def test_signals_end_it_though_threads_are_busy(drain_seconds: float, signals: int, tmp_path: Path) -> None:
+    with served(tmp_path, drain_seconds) as server:
+        server.load()
+        server.wait_until(lambda: server.get("/readyz")[0] == 200)
+        server.ask(3000)
+        server.ask_in_vain()
+        server.process.terminate()
+        start = time.monotonic()
+        if signals == 2:
+            server.wait_until(lambda: server.get("/readyz")[1]["status"] == "draining")
+            server.process.terminate()
+        assert server.end() == 0 and time.monotonic() - start < 8
+
+
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
     with served(tmp_path, 60) as server:
         server.wait_until(lambda: server.get("/livez")[0] == 200)
@@ -226,8 +256,8 @@ async def plain(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def thread_of(settings: Settings) -> Iterator[int]:
-    config = room._configure(plain, settings)
+def thread_of(settings: Settings, app: Any = plain) -> Iterator[int]:
+    config = room._configure(app, settings)
     config.lifespan_class = LifespanOff
     server = uvicorn.Server(config)
     with socket.socket() as listener:
@@ -255,6 +285,32 @@ def test_a_connection_that_says_nothing_is_closed_and_others_are_not(
         polite.request("GET", "/")
         assert polite.getresponse().status == 200
         polite.close()
+
+
+def test_headers_have_a_limit(tmp_path: Path) -> None:
+    with thread_of(Settings(data=tmp_path)) as port:
+        client = socket.create_connection(("127.0.0.1", port), timeout=10)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 200_000)
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+        client.close()
+
+
+def test_a_connection_that_takes_nothing_is_closed_and_a_slow_one_is_not(tmp_path: Path) -> None:
+    size = 16 << 20
+    with thread_of(Settings(data=tmp_path, body_seconds=0.4), Response(b"a" * size)) as port:
+        for seconds in (0, 1.5):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+                client.settimeout(10)
+                client.connect(("127.0.0.1", port))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                time.sleep(seconds)
+                got = 0
+                with suppress(ConnectionResetError):
+                    while piece := client.recv(1 << 16):
+                        got += len(piece)
+                        time.sleep(0 if seconds else 0.004)
+                assert (got > size) is (seconds == 0)
 
 
 def test_https_is_served_with_a_certificate(tmp_path: Path) -> None:
