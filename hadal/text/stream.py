@@ -7,7 +7,6 @@ back as text; nothing is lost except the markers of a well-formed answer (spec 7
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +29,6 @@ _REASONING_MARKERS = (f"\n\n{_CALLS_OPEN}", _CALLS_OPEN, THINK_CLOSE, EOS)
 _CONTENT_MARKERS = (f"\n\n{_CALLS_OPEN}", _CALLS_OPEN, EOS)
 _VALUE_MARKERS = (_PARAMETER_CLOSE, EOS)
 _SPACES = " \t\r\n"
-_MARKUP = re.compile(f"(?={DSML})")  # matches may overlap, so that cuts do not change their number
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,12 @@ class OutputParser:
 
     `thinking` says that the prompt left a think span open (`Prompt.end`). A call is announced when it is complete and
     valid, so that broken ones can come back whole as text. Blocks are read in the think span as well, for a call there
-    is meant, too. `malformed` counts blocks that came back, wholly or from the first broken call on; `stray` the other
-    DSML markers that came out as text; `thought_calls` the calls that stood in the think span.
+    is meant, too. `malformed` counts blocks that came back, wholly or from the first broken call on.
     """
 
     def __init__(self, *, thinking: bool) -> None:
         self.thinks = thinking  # whether the text that comes next belongs to the think span, as far as is certain
-        self.malformed = self.stray = self.thought_calls = 0
-        self._shown = ""  # the last characters that came out, for a marker may be cut anywhere
+        self.malformed = 0
         self._state: Literal["start", "text", "calls", "parameters", "value"] = "start"
         self._buffer = ""  # not yet looked at
         self._opener = ""  # the opening tag of a block of which nothing is announced yet
@@ -161,7 +157,6 @@ class OutputParser:
         if self._buffer.startswith(_INVOKE_CLOSE):
             self._take(len(_INVOKE_CLOSE))
             self._events.append(ToolCall(self._name, "".join(self._arguments) + "}"))
-            self.thought_calls += self.thinks
             self._commit()
             self._state = "calls"
             return True
@@ -213,7 +208,6 @@ class OutputParser:
             return False
         self.malformed += bool(self._opener or self._raw or self._buffer)
         self._emit_text(self._opener)
-        self.stray -= bool(self._opener)
         self._buffer = "".join(self._raw) + self._buffer
         self._state = "text"
         self._commit()
@@ -222,9 +216,6 @@ class OutputParser:
     def _emit_text(self, text: str) -> None:
         if text:
             self._events.append(Reasoning(text) if self.thinks else Content(text))
-            self._shown += text
-            self.stray += len(_MARKUP.findall(self._shown))
-            self._shown = self._shown[1 - len(DSML) :]
 
 
 @dataclass(frozen=True)
