@@ -116,7 +116,7 @@ class TurnMemory:
             if demands and sent is None and not excused:
                 raise HistoryError(
                     f"messages[{i}] (assistant) has no reasoning_content; while thinking, a request with tools must "
-                    "send back the reasoning_content (thinking blocks, reasoning items) of all earlier assistant messages"
+                    "send back the reasoning_content (thinking blocks, reasoning items) of all assistant messages"
                 )
             recalled.append(message if turn is None else self._complete(message, turn, thinking))
         return recalled
