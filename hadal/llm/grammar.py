@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import llguidance
@@ -158,18 +158,21 @@ class Grammars:
         tool_choice: ToolChoice | None,
         *,
         thinking: bool,
+        parallel: bool = True,
     ) -> Guide | None:
         """The constraint of an answer that begins with `thinking` or without; None when all is allowed.
 
         Calls of `tools` are held to their schemas whenever they come; a schema that no grammar can express leaves a
         function's arguments free unless it is strict or the choice forces a call. A forced call is the whole answer
-        behind the thinking. Raises RequestError for a choice, a schema or a grammar that cannot be used.
+        behind the thinking. Without `parallel` an answer has one call at most, as where the choice names a function.
+        Raises RequestError for a choice, a schema or a grammar that cannot be used.
         """
         tools = tools or ()
         mode, chosen = _choose(tools, tool_choice)
         parts = {} if structured is None else {"answer": self._answer(structured)}
         if chosen:
-            parts["calls"] = self._calls(tools, chosen, mode)
+            single, forced = mode == "named" or not parallel, mode != "auto"
+            parts["calls"] = self._calls(tools, chosen, single=single, forced=forced)
         block = self._compile(_join(None, calls=parts["calls"])) if chosen else None
         start = None
         if mode in ("required", "named"):
@@ -199,29 +202,30 @@ class Grammars:
             raise RequestError(f"`{kind}` cannot be compiled: {reason}; change it", param)
         return part
 
-    def _calls(self, tools: Tools, chosen: Sequence[int], mode: str) -> dict[str, Any]:
+    def _calls(self, tools: Tools, chosen: Sequence[int], *, single: bool, forced: bool) -> dict[str, Any]:
         """The grammar of a block of calls of the functions `chosen`."""
         functions = [(tools[i]["function"], True) for i in chosen]
-        part, fault = self._write_calls(functions, mode)
+        write = partial(self._write_calls, single=single, forced=forced)
+        part, fault = write(functions)
         if not fault:
             return part
         for place, (i, (function, _)) in enumerate(zip(chosen, functions, strict=True)):
-            own = self._write_calls([(function, True)], mode)[1]
-            if own and (mode != "auto" or function.get("strict") is True):
+            own = write([(function, True)])[1]
+            if own and (forced or function.get("strict") is True):
                 raise RequestError(
                     f"function {function['name']!r} cannot be held to its schema: {own}; change the schema",
                     f"tools[{i}].function.parameters",
                 )
             functions[place] = (function, not own)
-        part, fault = self._write_calls(functions, mode)
+        part, fault = write(functions)
         if fault:
             raise RequestError(f"`tools` make no grammar together: {fault}; send fewer or simpler ones", "tools")
         return part
 
-    def _write_calls(self, functions: Sequence[Bound], mode: str) -> tuple[dict[str, Any], str]:
+    def _write_calls(self, functions: Sequence[Bound], *, single: bool, forced: bool) -> tuple[dict[str, Any], str]:
         """The grammar of a block, and why it is of no use if so."""
         try:
-            part = {"lark_grammar": write_calls(functions, self._dsml, single=mode == "named")}
+            part = {"lark_grammar": write_calls(functions, self._dsml, single=single, forced=forced)}
         except SchemaError as error:
             return {}, str(error)
         except (TypeError, AttributeError, KeyError) as error:

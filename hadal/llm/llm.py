@@ -53,6 +53,7 @@ class ChatOptions(TypedDict, total=False):
     reasoning_effort: str | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: ToolChoice | None
+    parallel_tool_calls: bool
 
 
 class LLM:
@@ -193,13 +194,15 @@ class LLM:
         reasoning_effort: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
         tenant: str = "",
         priority: int = 0,
     ) -> list[Generation]:
         """The `n` checked answers-to-be, not queued yet; changes nothing here, so any thread may call it.
 
         `tool_choice` has OpenAI's shape: "none", "auto" (also None), "required" or a named function. What is forced, by
-        it or by `params.structured`, begins where thinking ends; a JSON schema is told to the model as well.
+        it or by `params.structured`, begins where thinking ends; a JSON schema is told to the model as well. Without
+        `parallel_tool_calls` an answer has one call at most.
         """
         structured = params.structured
         prompt = encode_messages(
@@ -212,7 +215,9 @@ class LLM:
         )
         if prompt.end == "closed":
             raise RequestError("the last message leaves nothing to answer; end with a user or tool message", "messages")
-        constraint = self._grammars.for_chat(structured, tools, tool_choice, thinking=prompt.end == "thinking")
+        constraint = self._grammars.for_chat(
+            structured, tools, tool_choice, thinking=prompt.end == "thinking", parallel=parallel_tool_calls
+        )
         if constraint is not None and constraint.rules and prompt.end == "content" and messages[-1].get("prefix"):
             raise RequestError(
                 "an answer of a given form cannot continue a `prefix`; leave out one of them", "messages"

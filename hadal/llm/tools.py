@@ -19,6 +19,8 @@ Bound = tuple[Mapping[str, Any], bool]  # a function, and whether it is held to 
 # Models write arguments as Python's json does.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_BITS = 64  # of the number in which a grammar keeps what has come
+
 _TYPES = ("string", "object", "array", "number", "integer", "boolean", "null")
 _DEFINITIONS = ("$defs", "$def", "definitions")
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "$comment", *_DEFINITIONS}
@@ -49,13 +51,15 @@ class SchemaError(ValueError):
     """A function that a grammar cannot hold to its schema; the message says why."""
 
 
-def write_calls(functions: Sequence[Bound], dsml_id: int, *, single: bool) -> str:
+def write_calls(functions: Sequence[Bound], dsml_id: int, *, single: bool, forced: bool) -> str:
     """The Lark grammar of a block behind `<` and its first DSML token: one call if `single`, else one or more.
 
-    Arguments come in the schema's order; a function that is not bound to its schema takes any. One that is not `strict`
-    is held to its schema without the keywords that no grammar can express. Raises SchemaError.
+    Arguments of `forced` calls and of `strict` functions come in the schema's order. Others come in any order, unlisted
+    ones too unless the schema forbids them; that an unlisted one, or one after the 64th, comes twice is not prevented,
+    and such a call is none. A function that is not bound to its schema takes any. One that is not strict is held to its
+    schema without the keywords that no grammar can express. Raises SchemaError.
     """
-    block = _Block(f"<[{dsml_id}]>")
+    block = _Block(f"<[{dsml_id}]>", forced)
     rules = [block.write_function(f"f{i}", function, bound) for i, (function, bound) in enumerate(functions)]
     d = block.dsml
     head = [
@@ -100,8 +104,9 @@ def check_strict(schema: Any, place: str = "the schema") -> None:
 class _Block:
     """Lark rules in the making; `_root` is the schema of the function being written, whose references it resolves."""
 
-    def __init__(self, dsml: str) -> None:
+    def __init__(self, dsml: str, forced: bool) -> None:
         self.dsml = dsml
+        self._forced = forced
         self.lines: list[str] = []
         self._root: Mapping[str, Any] = {}
         self._strict = False
@@ -124,13 +129,29 @@ class _Block:
             properties, required = root.get("properties", {}), root.get("required", [])
             if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
                 raise SchemaError("properties must be an object and required a list")
-            for i, (key, inner) in enumerate({**dict.fromkeys(required, True), **properties}.items()):
-                body.append(self._write_parameter(f"{rule}p{i}", key, inner) + ("" if key in required else "?"))
-            others = root.get("additionalProperties", not root.keys() & {"properties"})
-            if others is not False:
-                body.append(f"{self._write_parameter(rule + 'x', None, others, tuple(properties))}*")
+            listed = {**properties, **{key: True for key in required if key not in properties}}
+            parts = [self._write_parameter(f"{rule}p{i}", key, inner) for i, (key, inner) in enumerate(listed.items())]
+            ordered = self._forced or self._strict
+            others = root.get("additionalProperties", not ordered or "properties" not in root)
+            more = [] if others is False else [self._write_parameter(rule + "x", None, others, tuple(listed))]
+            if ordered:
+                body += [part + "?" * (key not in required) for key, part in zip(listed, parts, strict=True)]
+                body += [f"{part}*" for part in more]
+            elif parts or more:
+                body.append(self._write_set(rule + "s", dict(zip(listed, parts, strict=True)), required, more))
         self.lines.append(f"{rule}: {' '.join(body)}")
         return rule
+
+    def _write_set(self, rule: str, parts: Mapping[str, str], required: Sequence[str], more: Sequence[str]) -> str:
+        """Each of the `parts` once at most, the required ones surely, and any number of `more`, in any order."""
+        needed = [part for name, part in parts.items() if name in required]
+        once = (needed + [part for name, part in parts.items() if name not in required])[:_BITS]
+        bits = min(len(needed), _BITS)
+        ways = [f'"" %if is_ones([0:{bits}])' if bits else '""']
+        ways += [f"{part} {rule}::set_bit({i}) %if bit_clear({i})" for i, part in enumerate(once)]
+        ways += [f"{part} {rule}::_" for part in (*parts.values(), *more) if part not in once]
+        self.lines.append(f"{rule}::_: {' | '.join(ways)}")
+        return f"{rule}::0x0"
 
     def _write_parameter(self, rule: str, name: str | None, schema: Any, taken: tuple[str, ...] = ()) -> str:
         """One parameter, or one of any name that is not `taken`."""
@@ -145,9 +166,10 @@ class _Block:
         if not values:
             raise SchemaError(f"the parameter {name!r} admits no value")
         if name is None:
-            but = "".join(f" & ~/{_escape(word)}/" for word in taken)
-            self.lines.append(f'{rule.upper()}: /[^"\\n]+/{but}')
-            label = f'"parameter name=\\"" {rule.upper()} "\\" string=\\""'
+            # One word with its tag: cut into pieces, no name could begin as a listed one does.
+            but = f' & ~/parameter name="(?:{"|".join(map(_escape, taken))})" string="/' if taken else ""
+            label = rule.upper()
+            self.lines.append(f'{label}: /parameter name="[^"\\n]+" string="/{but}')
         else:
             label = _literal(f'parameter name="{_checked(name)}" string="')
         self.lines.append(f'{rule}: "<" {self.dsml} {label} ({" | ".join(values)}) {self.dsml} "parameter>\\n"')

@@ -36,6 +36,7 @@ SCRIPT: dict[str, str | None] = {
     "WRONG": "</think>Well." + CALL.replace("Ulm", "Ulm</b> <p>").replace('"false">3', '"false">"soon"'),
     "QUIET": "hm</think>No call.",
     "EMPTY": "</think>" + re.sub(rf"\n<{DSML}parameter.*/{DSML}parameter>", "", CALL),
+    "TWICE": re.sub(rf"(<{DSML}invoke.*/{DSML}invoke>\n)", r"\1\1", CALL, flags=re.DOTALL),
 }
 
 
@@ -182,6 +183,14 @@ def test_calls_that_come_of_themselves_fit_their_schemas(llm: LLM, strict: bool)
         answer = chat(llm, text, tools=tools)
         assert answer.text == ("Well." if text == "WRONG" else "")
         assert all(jsonschema_rs.is_valid(WEATHER, given) for _, given in arguments(answer))
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_calls_that_may_not_be_parallel_are_single(llm: LLM, choice: str) -> None:
+    for parallel, count in ((True, 2), (False, 1)):
+        answer = chat(llm, "TWICE", False, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel)
+        assert arguments(answer) == [("weather", {"city": "Ulm", "days": 3})] * count, answer
+        assert (answer.text, answer.finish_reason) == ("", "tool_calls")
 
 
 def test_tools_leave_other_text_alone(llm: LLM) -> None:

@@ -33,7 +33,7 @@ def roll(llm: LLM, tools: list[dict[str, Any]], seed: int, choice: Any = "requir
     return [(call.name, json.loads(call.arguments)) for call in answer.tool_calls]
 
 
-def admits(llm: LLM, schema: Any, text: str, **more: Any) -> bool:
+def admits(llm: LLM, schema: Any, text: str, choice: Any = "required", **more: Any) -> bool:
     """Whether a call may have the parameters that `text` writes, as (name, type, value) in short form."""
     body = "".join(
         f'<{DSML}parameter name="{name}" string="{kind}">{value}</{DSML}parameter>\n'
@@ -41,7 +41,6 @@ def admits(llm: LLM, schema: Any, text: str, **more: Any) -> bool:
     )
     call = f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n{body}</{DSML}invoke>\n</{DSML}tool_calls>'
     tools = [function("f", schema, **more)]
-    choice = more.pop("choice", "required")
     messages = [{"role": "user", "content": "x"}]
     (generation,) = llm.prepare_chat(messages, SamplingParams(), thinking=False, tools=tools, tool_choice=choice)
     ids, constraint = llm.tokenizer.encode(call), generation.request.constraint
@@ -126,6 +125,62 @@ def test_functions_without_parameters_and_with_any(llm: LLM) -> None:
     numbers = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "number"}}
     assert admits(llm, numbers, "a|true|b\nc|false|1") and admits(llm, numbers, "c|false|1\nd|false|2")
     assert not admits(llm, numbers, "a|false|1") and not admits(llm, numbers, "c|true|x")
+
+
+CITY = {
+    "properties": {"unit": {"enum": ["C", "F"]}, "city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["days", "city", "then"],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "ordered", "free", "closed"),
+    [
+        ("unit|true|C\ncity|true|Ulm\ndays|false|3\nthen|false|1", True, True, True),
+        ("city|true|Ulm\ndays|false|3\nthen|false|1", True, True, True),
+        ("days|false|3\ncity|true|Ulm\nthen|false|1", False, True, True),
+        ("then|true|x\ncity|true|Ulm\nunit|true|F\ndays|false|3", False, True, True),
+        ("city|true|Ulm", False, False, False),
+        ("city|true|Ulm\ndays|false|3\ncity|true|Bonn\nthen|false|1", False, False, False),
+        ("", False, False, False),
+        ("days|true|3", False, False, False),
+        ("unit|true|K\ncity|true|Ulm\ndays|false|3\nthen|false|1", False, False, False),
+        ("city|true|Ulm\ndays|false|3\nthen|false|1\nzone|true|CET", False, True, False),
+        ("zone|true|CET\nthen|true|\ndays|false|3\ncity|true|Ulm", False, True, False),
+        ("cit|true|U\nthen|true|\ndays|false|3\ncities|true|D\nd|true|\ncity|true|a\nTHEN|true|a", False, True, False),
+    ],
+)
+def test_calls_that_nothing_forces_have_their_parameters_in_any_order(
+    llm: LLM, text: str, ordered: bool, free: bool, closed: bool
+) -> None:
+    assert [admits(llm, CITY, text, choice) for choice in ("required", NAMED, "auto")] == [ordered, ordered, free]
+    assert admits(llm, CITY | {"additionalProperties": False}, text, "auto") is closed
+
+
+def test_strict_functions_keep_the_order_of_their_schema(llm: LLM) -> None:
+    both = {"a": {"type": "string"}, "b": {"type": "string"}}
+    schema = {"type": "object", "properties": both, "required": ["b", "a"], "additionalProperties": False}
+    for choice in ("auto", "required"):
+        assert admits(llm, schema, "a|true|1\nb|true|2", choice, strict=True)
+        assert not admits(llm, schema, "b|true|2\na|true|1", choice, strict=True)
+        assert not admits(llm, schema, "a|true|1", choice, strict=True)
+
+
+def test_optional_and_missing_schemas_leave_calls_empty_or_free(llm: LLM) -> None:
+    assert admits(llm, {"properties": {"a": {}}}, "", "auto") and admits(llm, {"properties": {}}, "z|true|1", "auto")
+    assert admits(llm, None, "", "auto") and not admits(llm, None, "a|true|b", "auto")
+    shut = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert admits(llm, shut, "", "auto") and not admits(llm, shut, "a|true|b", "auto")
+    numbers = {"properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "number"}}
+    assert admits(llm, numbers, "ab|false|1\na|true|1", "auto") and not admits(llm, numbers, "ab|true|1", "auto")
+
+
+def test_parameters_beyond_the_64th_are_in_any_order_too(llm: LLM) -> None:
+    names = [f"p{i}" for i in range(70)]
+    schema = {"properties": {name: {"type": "integer"} for name in names}, "required": ["p69", "p0"]}
+    lines = [f"{name}|false|1" for name in reversed(names)]
+    assert admits(llm, schema, "\n".join(lines), "auto")
+    assert not admits(llm, schema, "\n".join(lines[1:]), "auto") and not admits(llm, schema, "p69|false|1", "auto")
 
 
 BAD: list[tuple[Any, str]] = [
