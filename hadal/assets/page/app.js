@@ -38,13 +38,13 @@ function frame() {
   $("stop").hidden = !run;
   $("send").hidden = Boolean(run);
   entitle(talk.title);
-  $("instructed").hidden = !talk.settings.system.trim() && !talk.settings.tools.trim();
+  $("instructed").title = $("instructed").textContent = talks.instructed(talk);
   for (const choice of document.getElementsByName("effort")) choice.checked = choice.value === talk.settings.effort;
   measure({ talk });
 }
 
 function entitle(title) {
-  $("title").textContent = title || "New conversation";
+  $("title").textContent = title;
   document.title = title ? `${title} · Hadal` : "Hadal";
 }
 
@@ -134,8 +134,7 @@ const act = {
     answer();
   },
   again(node) {
-    const failed = node.error && !node.content;
-    if (failed) talks.remove(talk, node);
+    if (node.error && !node.content) talks.remove(talk, node);
     talk.leaf = node.parent;
     answer();
   },
@@ -202,12 +201,8 @@ $("composer").addEventListener("change", ({ target }) => {
   store.keep("effort", target.value);
   if (talk.leaf) save();
 });
-$("configure").onclick = () => configure();
-$("instructed").onclick = () => configure();
-$("new").onclick = () => {
-  if (location.hash) location.hash = "";
-  else begin();
-};
+$("configure").onclick = $("instructed").onclick = () => configure();
+$("new").onclick = () => (location.hash ? (location.hash = "") : begin());
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 function wear(theme) {
   localStorage.setItem("hadal.theme", (document.documentElement.dataset.theme = theme));
@@ -259,7 +254,6 @@ async function route() {
   $("status").hidden = !status;
   $("to-status").setAttribute("aria-current", status ? "page" : "false");
   drawer(false);
-  document.body.classList.toggle("blank", !status && talk.leaf === null);
   if (status) return entitle("Status"), list("status");
   const id = /^#talk=(\w+)$/.exec(location.hash)?.[1];
   const found = id && (runs.get(id)?.talk ?? (await store.get(id)));

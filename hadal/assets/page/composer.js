@@ -1,12 +1,11 @@
 // Where a message is written: its text, its files, and how much of the context it takes.
 
 import { countTokens } from "./api.js";
-import { usedTokens, withFiles } from "./talk.js";
+import { roughly, usedTokens, withFiles } from "./talk.js";
 import { $, compact, count, iconButton, notice, s } from "./dom.js";
 import { fileChip } from "./thread.js";
 
 const LARGEST = 32 * 2 ** 20; // bytes of one file
-const ROUGHLY = 3.5; // characters per token where the server cannot be asked
 const prompt = $("prompt");
 const context = { model: null, length: 0, talk: null };
 let files = [];
@@ -22,7 +21,7 @@ export const isEmpty = () => !prompt.value.trim() && !files.length;
 
 /** The message, which leaves the field. */
 export function take() {
-  const taken = { content: prompt.value.trim(), files };
+  const taken = { content: prompt.value.trim(), files, drafted: draft };
   prompt.value = "";
   files = [];
   drawFiles();
@@ -34,7 +33,7 @@ async function tokensOf(text) {
   try {
     return { tokens: await countTokens(context.model, text), exact: true };
   } catch {
-    return { tokens: Math.ceil(text.length / ROUGHLY), exact: false };
+    return { tokens: roughly(text), exact: false };
   }
 }
 
@@ -74,6 +73,7 @@ function fit() {
 let counting;
 prompt.addEventListener("input", () => {
   fit();
+  draft = 0; // an old count says nothing about the new text
   clearTimeout(counting);
   counting = setTimeout(async () => {
     draft = prompt.value ? (await tokensOf(prompt.value)).tokens : 0;

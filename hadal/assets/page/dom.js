@@ -40,10 +40,8 @@ export const sends = (event) =>
 
 export const newId = () => `m${Date.now().toString(36)}${Math.random().toString(36).slice(2, 10)}`;
 
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-export const count = (n) => whole.format(n);
-export const compact = (n) => short.format(n);
+export const count = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format;
+export const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format;
 export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 export const percent = (part) => `${(part * 100).toFixed(part > 0 && part < 0.1 ? 1 : 0)} %`;
 export const rate = (n) => (n >= 100 || !n ? count(n) : n.toFixed(1));

@@ -9,17 +9,19 @@ const dialog = $("settings");
 const form = dialog.querySelector("form");
 const fields = form.elements;
 const NAMES = Object.keys(BLANK).filter((name) => name !== "effort");
-let editing;
-let saved;
 
 /** Opens the dialog on `talk`; `done` is called once what it says has been taken over. */
 export function openSettings(talk, done, first = "system") {
-  editing = talk;
-  saved = done;
   for (const name of NAMES) fields[name].value = talk.settings[name];
   fields.key.value = key.get();
   fields.remember.checked = key.remembered;
   fields.always.checked = false;
+  form.onsubmit = () => {
+    for (const name of NAMES) talk.settings[name] = fields[name].value;
+    if (fields.always.checked) store.keep("defaults", talk.settings);
+    key.set(fields.key.value.trim(), fields.remember.checked);
+    done();
+  };
   dialog.showModal();
   fields[first].focus();
 }
@@ -35,12 +37,6 @@ fields.tools.addEventListener("input", () => {
   $("tools-wrong").textContent = wrong;
 });
 
-form.addEventListener("submit", () => {
-  for (const name of NAMES) editing.settings[name] = fields[name].value;
-  if (fields.always.checked) store.keep("defaults", editing.settings);
-  key.set(fields.key.value.trim(), fields.remember.checked);
-  saved();
-});
 $("cancel").onclick = () => dialog.close();
 
 $("export").onclick = async () => {

@@ -7,25 +7,20 @@ const EVERY = 2000; // milliseconds
 const SPAN = 900; // seconds that the curves show
 const WIDTH = 600;
 const HEIGHT = 120;
-let timer;
+let turn = 0; // of watching: a view that was left ends with its turn
 
 /** Starts or stops the view. */
-export function watch(on) {
-  clearTimeout(timer);
-  if (on) poll();
-}
-
-async function poll() {
-  clearTimeout(timer);
-  let wrong = "";
-  try {
-    if (!document.hidden) draw(await status());
-  } catch (error) {
-    wrong = error.message;
+export async function watch(on) {
+  for (const mine = ++turn; on && mine === turn; await new Promise((wake) => setTimeout(wake, EVERY))) {
+    let wrong = "";
+    try {
+      if (!document.hidden) draw(await status());
+    } catch (error) {
+      wrong = error.message;
+    }
+    $("status-error").textContent = wrong;
+    $("status-error").hidden = !wrong;
   }
-  $("status-error").textContent = wrong;
-  $("status-error").hidden = !wrong;
-  timer = setTimeout(poll, EVERY);
 }
 
 function draw(it) {

@@ -3,6 +3,7 @@
 import { newId } from "./dom.js";
 
 export const BLANK = { system: "", temperature: "", top_p: "", max_tokens: "", seed: "", tools: "", effort: "high" };
+const PER_TOKEN = 3.5; // characters, where nobody counted
 const ROLES = ["user", "assistant", "tool"];
 
 export function create(settings) {
@@ -112,12 +113,27 @@ export function grow(node, chunk) {
   node.usage = chunk.usage ?? node.usage;
 }
 
-/** Tokens of the branch as the server counted them last; thinking leaves the context when the next question comes. */
+export const roughly = (text) => Math.ceil(text.length / PER_TOKEN);
+
+/** Tokens of the branch: as the server counted them last, less the thinking, which leaves with the next question, and
+ * an estimate of what no answer counted. */
 export function usedTokens(talk) {
-  const usage = path(talk).findLast((node) => node.usage)?.usage;
-  if (!usage) return 0;
-  const thought = talk.settings.tools.trim() ? 0 : usage.completion_tokens_details?.reasoning_tokens ?? 0;
-  return usage.prompt_tokens + usage.completion_tokens - thought;
+  const { system, tools } = talk.settings;
+  const nodes = path(talk);
+  const last = nodes.findLastIndex((node) => node.usage);
+  const usage = nodes[last]?.usage;
+  const thought = tools.trim() ? 0 : usage?.completion_tokens_details?.reasoning_tokens ?? 0;
+  const files = (node) => (node.files ?? []).reduce((sum, file) => sum + (file.tokens || roughly(file.text)), 0);
+  return nodes.slice(last + 1).reduce(
+    (sum, node) => sum + files(node) + (node.drafted || roughly(node.content)),
+    usage ? usage.prompt_tokens + usage.completion_tokens - thought : roughly(system + tools),
+  );
+}
+
+/** What a conversation has settings for, in words. */
+export function instructed({ settings: { system, effort, tools, ...sampling } }) {
+  const drawn = Object.values(sampling).join("");
+  return [system.trim() && "instructed", tools.trim() && "tools", drawn && "settings"].filter(Boolean).join(" · ");
 }
 
 /** Whether something read from a file is a conversation that this page can show. */

@@ -5,6 +5,7 @@ import { Markdown } from "./markdown.js";
 import { highlight } from "./highlight.js";
 import { $, button, copyButton, count, h, icon, iconButton, money, plural, rate, seconds, sends } from "./dom.js";
 
+const LEAST = 0.2; // seconds of writing below which a rate would say nothing
 const NEAR = 80; // pixels from the end within which the view follows the answer
 const scroller = $("scroll");
 let following = true;
@@ -203,7 +204,7 @@ function summary({ usage, times, finish, tokens, content, reasoning, calls }) {
     ENDS[finish] ?? (finish && reasoning && !content && !calls && "thought, but gave no answer"),
     made > 0 && `${usage ? "" : "≈ "}${plural(made, "token")}`,
     times.first >= 0 && `first after ${times.first.toFixed(2)} s`,
-    made > 1 && writing > 0 && `${rate((made - 1) / writing)} tokens/s`,
+    made > 1 && writing > LEAST && `${rate((made - 1) / writing)} tokens/s`,
     usage && `${hit ? count(hit) : "none"} of ${count(usage.prompt_tokens)} read from cache`,
     usage?.cost && money(usage.cost),
   ].filter(Boolean).join(" · ");

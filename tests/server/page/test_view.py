@@ -224,6 +224,18 @@ def test_a_telephone_shows_all_of_it_without_scrolling_sideways(visit: Open) -> 
     assert wide(page) == 360
 
 
+def test_a_narrow_window_with_a_mouse_keeps_no_room_for_hidden_buttons(visit: Open) -> None:
+    page = visit(viewport={"width": 420, "height": 740})
+    ask(page, "plain " + "words " * 60)
+    said, text = page.locator(".said").bounding_box(), page.locator(".answer .md").bounding_box()
+    assert text["y"] - said["y"] - said["height"] < 40
+    page.locator(".user").hover()
+    buttons = page.locator(".user .actions").bounding_box()
+    assert said["y"] + said["height"] <= buttons["y"] and buttons["y"] + buttons["height"] <= text["y"]
+    page.locator(".user").get_by_role("button", name="Edit", exact=True).click()
+    expect(page.get_by_label("Edit message")).to_be_focused()
+
+
 def test_every_control_has_a_name_and_every_id_is_one(visit: Open) -> None:
     page = visit()
     page.set_input_files("#picker", {"name": "deep.txt", "mimeType": "", "buffer": b"deep"})
