@@ -73,6 +73,38 @@ def test_damage_to_calls_is_counted(written: str, malformed: int) -> None:
     assert "".join((made.reasoning or "", made.text)) == written.replace("</think>", "").replace(CALL, "")
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("sizes", [[1], [3], [500]])
+def test_an_end_of_thinking_that_ends_none_is_not_shown(llm: LLM, thinking: bool, sizes: list[int]) -> None:
+    spelled = llm.tokenizer.encode("</think>", control=False)
+    for block in ("", CALL):
+        (generation,) = llm.prepare_chat(ask("greet"), SamplingParams(max_tokens=500), thinking=thinking)
+        ids = llm.tokenizer.encode("hm</think>" if thinking else "") + llm.tokenizer.encode("</think>one </think>")
+        ids += [*spelled, *llm.tokenizer.encode(f" two</think>{block}</think>"), llm.tokenizer.eos_id]
+        request, shown = generation.request, 0
+        while generation.finish_reason is None:
+            for token in ids[len(request.output_ids) :][: sizes[shown % len(sizes)]]:
+                request.append(token, {}, llm.tokenizer.eos_id)
+            generation.advance()
+            shown += 1
+        made = generation.output()
+        assert made.text == "one </think> two" and made.reasoning == ("hm" if thinking else None)
+        assert len(made.tool_calls) == bool(block) and generation.malformed == 0 and made.token_ids == ids
+        assert generation.reasoning_tokens == len(llm.tokenizer.encode("hm</think>")) * thinking
+        assert generation.sampled is None
+
+
+def test_the_end_of_thinking_written_out_is_text(llm: LLM) -> None:
+    (generation,) = llm.prepare_chat(ask("greet"), SamplingParams(max_tokens=500), thinking=False)
+    ids = llm.tokenizer.encode("split at </think>", control=False)
+    for token in (*ids, llm.tokenizer.eos_id):
+        generation.request.append(token, {}, llm.tokenizer.eos_id)
+    generation.advance()
+    sampled = generation.sampled
+    assert generation.output().text == "split at </think>" and sampled is not None
+    assert (sampled.answer, list(sampled.answer_ids)) == ("split at </think>", ids)
+
+
 @pytest.mark.parametrize("stop", [[], ["two"]])
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=30))
 def test_what_an_answer_counts_does_not_depend_on_how_many_tokens_come_at_once(

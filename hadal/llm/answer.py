@@ -25,6 +25,7 @@ from hadal.text import (
     find_sampled,
 )
 from hadal.text import ToolCall as WrittenCall
+from hadal.text.tokens import THINK_CLOSE
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
@@ -104,6 +105,7 @@ class Generation:
         self._decoder = IncrementalDecoder(tokenizer)
         self._thinks = chat is not None and chat.end == "thinking"
         self._parser = None if chat is None else OutputParser(thinking=self._thinks)
+        self._close = None if chat is None else tokenizer.token_id(THINK_CLOSE)
         self._stops = StopStrings(request.params.stop or ())
         self._seen = 0
         self._text = ""
@@ -114,11 +116,13 @@ class Generation:
         """Turn the tokens that the engine added since the last call into a delta.
 
         A step with drafts may have added tokens behind a stop string or on both sides of the thinking's end, so such
-        tokens are taken one by one: what counts does not depend on how many came at once.
+        tokens are taken one by one: what counts does not depend on how many came at once. An end of thinking that ends
+        none is not shown; the same words written out are text.
         """
         request, begin = self.request, self._seen
         new = request.output_ids[begin:]
-        careful = len(new) > 1 and (bool(request.params.stop) or (self._parser is not None and self._parser.thinks))
+        thinks = self._parser is not None and self._parser.thinks
+        careful = len(new) > 1 and (bool(request.params.stop) or thinks or self._close in new)
         groups = [[i] for i in new] if careful else [new]
         told: list[tuple[str, str, list[ToolCall]]] = []
         reasons = 0
@@ -144,7 +148,8 @@ class Generation:
         self._seen += len(ids)
         # The token that ended the answer is not part of its text; neither is an end-of-sequence that was to be ignored.
         shown = ids[:-1] if last and self.request.finish_reason == "stop" else ids
-        piece = self._decoder.feed([i for i in shown if i != self._tokenizer.eos_id])
+        hidden = (self._tokenizer.eos_id, None if self._parser is None or self._parser.thinks else self._close)
+        piece = self._decoder.feed([i for i in shown if i not in hidden])
         if last:
             piece += self._decoder.finish()
         reasoning, content, calls = self._parse(piece, last)

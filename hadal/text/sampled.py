@@ -35,12 +35,15 @@ def find_sampled(
     """The turn that `ids` are, without the token that ended it, if they say what was shown; else None.
 
     `thinking` says that it began inside a think span. It is None when the thought did not end with its token, held
-    calls or markers, when an end-of-sequence was passed over, and when the content is cut at a stop string.
+    calls or markers, when an end-of-sequence or a further end of thought was passed over, and when the content is cut
+    at a stop string.
     """
     close = tokenizer.token_id(THINK_CLOSE)
     end = (list(ids).index(close) if close in ids else len(ids)) if thinking else 0
     thought, answer = array("i", ids[:end]), array("i", ids[end + thinking :])
     said = tokenizer.decode(answer)
-    if tokenizer.decode(thought) != reasoning or (said != content and not calls) or tokenizer.eos_id in ids:
+    if tokenizer.eos_id in ids or close in answer:
+        return None
+    if tokenizer.decode(thought) != reasoning or (said != content and not calls):
         return None
     return SampledTurn(reasoning, thought, said if calls else content, answer)

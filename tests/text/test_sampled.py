@@ -78,7 +78,6 @@ def chat(sampled: SampledTurn | None, **keys: Any) -> list[dict[str, Any]]:
         ("the dog and", True, ("the dog and", "")),
         (f"the dog</think>the cat{BLOCK}", True, ("the dog", f"the cat{BLOCK}")),
         (f"the cat\n\n<{DSML}tool_calls>oops", False, ("", f"the cat\n\n<{DSML}tool_calls>oops")),
-        ("the dog</think>the </think>cat", True, ("the dog", "the </think>cat")),
     ],
 )
 def test_answers_are_split_at_the_end_of_thought(text: str, thinking: bool, parts: tuple[str, str]) -> None:
@@ -91,6 +90,9 @@ def test_answers_are_split_at_the_end_of_thought(text: str, thinking: bool, part
 def test_answers_that_say_other_than_was_shown_are_not_repeated() -> None:
     assert made_of(f"I call{BLOCK} now</think>ok") is None  # a call in the thought would go with the thought
     assert made_of("<think>hm</think>ok", thinking=False) is None
+    for thought in ("", "the dog</think>"):  # an end of thought that ends none is not shown
+        assert made_of(f"{thought}the </think>cat", thinking=bool(thought)) is None
+        assert made_of(f"{thought}the </think>cat{BLOCK}", thinking=bool(thought)) is None
     tokenizer = small_tokenizer()
 
     def find(ids: list[int], content: str) -> SampledTurn | None:
