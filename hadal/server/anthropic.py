@@ -209,6 +209,7 @@ class CountRequest(Body):
             messages=tuple(self._conversation()),
             tools=tools,
             tool_choice=choice,
+            parallel_tool_calls=not self.tool_choice.disable_parallel_tool_use,
             stream=self.stream,
             user_id=_SESSION.sub("", (self.metadata and self.metadata.user_id) or "") or None,
             ignored=tuple(dict.fromkeys(self._ignored())),
@@ -242,8 +243,6 @@ class CountRequest(Body):
                 yield name
         if self.thinking is not None:
             yield from (f"thinking.{name}" for name in sorted(self.thinking.model_fields_set - {"type"}))
-        if self.tool_choice.disable_parallel_tool_use:
-            yield "tool_choice.disable_parallel_tool_use"
         if self._is_attributed:
             yield "system[0]"
         blocks = [block for message in self.messages for block in message.content]

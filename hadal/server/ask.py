@@ -24,6 +24,7 @@ class Ask:
     effort: str = "high"  # low, high or max
     tools: tuple[Mapping[str, Any], ...] = ()  # OpenAI's shape
     tool_choice: str | Mapping[str, Any] = "auto"  # OpenAI's shape
+    parallel_tool_calls: bool = True  # else one call at most
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
     user_id: str | None = None

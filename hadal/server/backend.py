@@ -134,7 +134,8 @@ def prepare(llm: LLM, ask: Ask, tenant: str) -> list[Generation]:
         effort = ask.effort if ask.effort in llm.efforts else "high"  # rules without "low" start at "high"
         return llm.prepare_chat(
             list(ask.messages), params, thinking=ask.thinking, reasoning_effort=effort,
-            tools=ask.tools or None, tool_choice=ask.tool_choice, **options,
+            tools=ask.tools or None, tool_choice=ask.tool_choice, parallel_tool_calls=ask.parallel_tool_calls,
+            **options,
         )  # fmt: skip
     if ask.suffix is not None:
         return [g for p in ask.prompts for g in llm.prepare_infill(str(p), ask.suffix, params, **options)]

@@ -35,7 +35,6 @@ class Habits(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     metadata: Any = None
     modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool | None = None
     prediction: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None

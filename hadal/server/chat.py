@@ -141,6 +141,7 @@ class Conversation(Switch):
 class ChatBody(Conversation, SamplingBody):
     """A chat request. `functions` and `function_call` are OpenAI's old forms and are refused by name."""
 
+    parallel_tool_calls: bool = True
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     response_format: ResponseFormat | None = None
@@ -180,6 +181,7 @@ class ChatBody(Conversation, SamplingBody):
             effort=thinking.effort,
             tools=tools,
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+            parallel_tool_calls=self.parallel_tool_calls,
             sampling=sampling
             | {
                 "max_tokens": limit or settings.default_max_tokens.of(thinking.enabled, thinking.effort),

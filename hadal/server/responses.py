@@ -243,7 +243,7 @@ class ResponsesRequest(Body):
     prompt: Any = None
     store: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool = True
     max_tool_calls: int | None = None
     service_tier: str | None = None
     stream_options: dict[str, Any] | None = None
@@ -299,6 +299,7 @@ class ResponsesRequest(Body):
             messages=tuple(_conversation(self.instructions, self.input)),
             tools=tuple(tools),
             tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
             stream=self.stream,
             user_id=self.user,
             ignored=tuple(self._ignored()),
@@ -330,7 +331,7 @@ class ResponsesRequest(Body):
 
     def _ignored(self) -> Iterable[str]:
         for name in (
-            "metadata", "truncation", "parallel_tool_calls", "max_tool_calls", "service_tier", "stream_options",
+            "metadata", "truncation", "max_tool_calls", "service_tier", "stream_options",
             "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
             "client_metadata", "context_management",
         ):  # fmt: skip

@@ -37,7 +37,8 @@ class ResponsesWire:
         self._head = {
             "id": f"resp_{context.id}", "object": "response", "created_at": context.created, "model": context.ask.model,
             "background": False, "instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto",
-            "parallel_tool_calls": True, "previous_response_id": None, "service_tier": "default", "store": False,
+            "parallel_tool_calls": context.ask.parallel_tool_calls, "previous_response_id": None,
+            "service_tier": "default", "store": False,
             "temperature": params.temperature, "top_p": params.top_p, "max_output_tokens": params.max_tokens,
             "text": {"format": {"type": "text"}}, "truncation": "disabled",
         } | dict(shown)  # fmt: skip

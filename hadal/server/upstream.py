@@ -70,6 +70,8 @@ class Upstream:
             _refuse("a call of a tool cannot be forced", "leave out `tool_choice`", "tool_choice")
         if choice == "none" and self._kind == "hadal":
             _refuse("calls of tools cannot be forbidden", "leave out `tools`", "tool_choice")
+        if ask.tools and choice == "auto" and not ask.parallel_tool_calls:
+            _refuse("calls of tools cannot be limited to one", "allow parallel calls", "parallel_tool_calls")
         if any(tool["function"].get("strict") for tool in ask.tools):
             _refuse("strict tools cannot be held to their schemas", "leave out `strict`", "tools")
         if structured is not None and (ask.thinking or ask.tools):

@@ -88,6 +88,7 @@ def test_thinking_is_on_unless_it_is_switched_off(more: dict[str, Any], thinking
 def test_tools_and_their_choice_are_taken_over(choice: dict[str, Any], meant: Any) -> None:
     tool = {"type": "custom", "name": "f", "description": "d", "input_schema": {"type": "object"}, "strict": True}
     made = ask(tools=[tool], tool_choice=choice)
+    assert made.parallel_tool_calls is ("disable_parallel_tool_use" not in choice) and made.ignored == ()
     function = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
     assert made.tools == ({"type": "function", "function": function},) and made.tool_choice == meant
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from hadal.engine import EngineBusy, SamplingParams
 from hadal.llm import Delta, ToolCall
-from hadal.server.backend import LocalBackend, Ticket, join
+from hadal.server.ask import Ask
+from hadal.server.backend import LocalBackend, Ticket, join, prepare
+from hadal.text.tokens import DSML
 from tests.fakes import scripted_llm
 
 ENDLESS = SamplingParams(max_tokens=100_000, temperature=0.0)
@@ -33,6 +35,18 @@ async def rest(ticket: Ticket) -> list[Delta]:
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 30))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_an_ask_may_want_one_call_at_most(parallel: bool) -> None:
+    llm = scripted_llm({})
+    tools = ({"type": "function", "function": {"name": "f"}},)
+    messages = ({"role": "user", "content": "x"},)
+    (made,) = prepare(llm, Ask("m", messages, tools=tools, parallel_tool_calls=parallel), "")
+    call = f'<{DSML}invoke name="f">\n</{DSML}invoke>\n'
+    ids = llm.tokenizer.encode(f"</think>\n\n<{DSML}tool_calls>\n{call}{call}</{DSML}tool_calls>")
+    assert made.request.constraint is not None
+    assert (made.request.constraint.allowed([], ids) == len(ids)) is parallel
 
 
 def test_closing_tells_every_answer_under_way() -> None:

@@ -339,6 +339,11 @@ def test_there_may_be_128_tools_and_sizes_are_limited() -> None:
         assert caught.value.status == 422
 
 
+def test_calls_may_be_parallel_unless_they_shall_not() -> None:
+    assert ask_of({}).parallel_tool_calls and ask_of({"parallel_tool_calls": None}).parallel_tool_calls
+    assert not ask_of({"parallel_tool_calls": False}).parallel_tool_calls
+
+
 def test_smaller_priorities_run_sooner() -> None:
     assert ask_of({"priority": -8}).priority > ask_of({}).priority > ask_of({"priority": 8}).priority
 
@@ -355,7 +360,7 @@ def test_strict_servers_want_every_reasoning_back_when_there_are_tools(client: o
     assert create(client, chat(messages=messages, tools=[TOOL]))["choices"][0]["finish_reason"] == "stop"
 
 
-IGNORED = {"frequency_penalty": 1.5, "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "user": "Ada"}
+IGNORED = {"frequency_penalty": 1.5, "store": True, "metadata": {"a": "b"}, "user": "Ada"}
 
 
 def test_parameters_without_effect_are_told(client: openai.OpenAI) -> None:

@@ -304,10 +304,11 @@ def test_what_cannot_be_served_is_refused_with_its_reason(
 
 def test_what_has_no_effect_is_named(client: OpenAI) -> None:
     raw = client.responses.with_raw_response.create(
-        model="scripted", input="plain", store=True, metadata={"a": "b"}, parallel_tool_calls=True,
+        model="scripted", input="plain", store=True, metadata={"a": "b"}, parallel_tool_calls=False,
         text={"verbosity": "low"}, reasoning={"effort": "xhigh", "summary": "auto"}, prompt_cache_key="k",
     )  # fmt: skip
     assert set(raw.headers["x-hadal-ignored"].split(", ")) == {
-        "store", "metadata", "parallel_tool_calls", "text.verbosity", "reasoning.summary", "prompt_cache_key",
+        "store", "metadata", "text.verbosity", "reasoning.summary", "prompt_cache_key",
     }  # fmt: skip
-    assert raw.headers["x-hadal-thinking"] == "high" and raw.parse().metadata == {"a": "b"}
+    made = raw.parse()
+    assert raw.headers["x-hadal-thinking"] == "high" and made.metadata == {"a": "b"} and not made.parallel_tool_calls

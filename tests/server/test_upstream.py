@@ -180,6 +180,7 @@ def test_an_engine_that_fails_upstream_is_an_error_here(pair: Any) -> None:
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "none"}, "tool_choice"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"tools": [TOOL | {"function": TOOL["function"] | {"strict": True}}]}, "tools"),
         ({"response_format": {"type": "json_object"}, "thinking": {"type": "enabled"}}, "response_format"),
     ],
