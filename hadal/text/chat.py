@@ -251,14 +251,18 @@ def _json(value: Any) -> str:
 
 
 def _fuse_user_turns(turns: Sequence[_Turn]) -> list[_Turn]:
-    fused: list[_Turn] = []
+    fused: list[list[_Turn]] = []
     for turn in turns:
-        before = fused[-1] if fused else None
-        if before is not None and before.role == turn.role == "user" and before.task is None:
-            fused[-1] = replace(before, blocks=before.blocks + turn.blocks, task=turn.task)
+        if fused and fused[-1][-1].role == turn.role == "user" and fused[-1][-1].task is None:
+            fused[-1].append(turn)
         else:
-            fused.append(turn)
-    return fused
+            fused.append([turn])
+    return [_join_turns(run) for run in fused]
+
+
+def _join_turns(run: Sequence[_Turn]) -> _Turn:
+    blocks = tuple(block for turn in run for block in turn.blocks)
+    return run[0] if len(run) == 1 else replace(run[0], blocks=blocks, task=run[-1].task)
 
 
 def _order_results(turns: Sequence[_Turn]) -> list[_Turn]:

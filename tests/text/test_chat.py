@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,9 @@ def test_the_parser_reads_back_what_the_codec_writes(
     assert "".join(e.text for e in events if isinstance(e, Reasoning)) == (reasoning if thinking else "")
     assert "".join(e.text for e in events if isinstance(e, Content)) == content
     assert [(e.name, json.loads(e.arguments)) for e in events if isinstance(e, ToolCall)] == wanted
+
+
+def test_many_messages_of_one_side_are_joined_in_time_that_grows_with_them() -> None:
+    began = time.monotonic()
+    prompt = encode_messages([user("a")] * 40_000, own_prompt_texts())
+    assert prompt.text.count("a\n\n") == 39_999 and time.monotonic() - began < 5  # of squared growth, 12
