@@ -51,8 +51,13 @@ def log_visit(visit: Visit) -> None:
     fields = visit_fields(visit)
     level = logging.ERROR if visit.status == 500 else logging.INFO
     if _requests.isEnabledFor(level):
-        shown = " ".join(f"{name}={value}" for name, value in fields.items() if name != "api")
+        shown = " ".join(f"{name}={_plain(value)}" for name, value in fields.items() if name != "api")
         _requests.log(level, "%s %s", visit.api, shown, extra={"fields": fields})
+
+
+def _plain(value: Any) -> Any:
+    """A value that cannot be taken for two fields or another line; the model's name is the client's own words."""
+    return repr(value) if isinstance(value, str) and (" " in value or not value.isprintable()) else value
 
 
 def visit_fields(visit: Visit) -> dict[str, Any]:

@@ -107,3 +107,11 @@ def test_missing_packages_are_told_in_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(TraceError, match="install opentelemetry-sdk"):
         make_tracer()
+
+
+def test_a_client_writes_no_line_and_no_field_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("text")
+    log_visit(visit(model="claude-x\n2026-01-01 00:00:00 INFO    chat status=200 key=key-2"))
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("20") and r" model='claude-x\n2026-01-01 00:00:00 INFO " in line
+    assert " key=key-1 model='" in line
