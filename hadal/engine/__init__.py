@@ -3,10 +3,23 @@
 from hadal.engine.engine import Engine, EngineBusy
 from hadal.engine.memory import MemoryPlan, plan_memory
 from hadal.engine.options import EngineOptions, engine_options
-from hadal.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams, StructuredOutput
+from hadal.engine.request import (
+    MAX_SCHEMA,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestError,
+    SamplingParams,
+    StructuredOutput,
+)
 from hadal.engine.stats import EngineStats
 
 __all__ = [
+    "MAX_SCHEMA",
+    "MAX_STOPS",
+    "MAX_STOP_IDS",
     "Engine",
     "EngineBusy",
     "EngineOptions",

@@ -16,8 +16,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP_IDS = 128
 MAX_SCORES = 1 << 20  # log-probabilities of a prompt, some 200 bytes each
-MAX_SCHEMA = 128 * 1024  # bytes of a JSON schema
+MAX_SCHEMA = 256 * 1024  # bytes of a JSON schema, or of all tools together
 MAX_GRAMMAR = 64 * 1024  # bytes of a regular expression, of a Lark grammar, or of all choices together
 
 
@@ -129,8 +130,9 @@ class SamplingParams:
         _check("seed", self.seed, in_range, "a 64-bit integer")
         stops_ok = len(stop) <= MAX_STOPS and all(isinstance(s, str) and s for s in stop)
         _check("stop", self.stop, stops_ok, f"at most {MAX_STOPS} non-empty strings")
-        ids_ok = all(_is_int(i) and i >= 0 for i in self.stop_token_ids or ())
-        _check("stop_token_ids", self.stop_token_ids, ids_ok, "token ids >= 0")
+        ids = self.stop_token_ids or ()
+        ids_ok = len(ids) <= MAX_STOP_IDS and all(_is_int(i) and i >= 0 for i in ids)
+        _check("stop_token_ids", self.stop_token_ids, ids_ok, f"at most {MAX_STOP_IDS} token ids >= 0")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             count_ok = count is None or (_is_int(count) and 0 <= count <= MAX_TOP_LOGPROBS)
@@ -204,6 +206,7 @@ class Request:
     leader: Request | None = None  # a request of the same prompt that computes it first
     constraint: Constraint | None = None
     seed: int = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt, then output
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -221,6 +224,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        self.stop_ids = frozenset(self.params.stop_token_ids or ())
         self.token_ids = list(self.prompt_ids)
         if self.params.prompt_logprobs is not None and self.leader is None:
             self.prompt_logprobs = [None]  # nothing foretells the first token
@@ -254,7 +258,7 @@ class Request:
         if self.params.logprobs is not None:
             self.logprobs.append(logprobs)
         is_eos = token_id == eos_id and not self.params.ignore_eos
-        if is_eos or token_id in (self.params.stop_token_ids or ()):
+        if is_eos or token_id in self.stop_ids:
             self.finish_reason = "stop"
         elif len(self.output_ids) >= self.limit:
             self.finish_reason = "length"

@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SkipValidation
 
+from hadal.engine import MAX_STOPS
 from hadal.server.anthropic_wire import AnthropicWire
 from hadal.server.ask import Ask
-from hadal.server.body import MOST_TOKENS, Body, Structured
+from hadal.server.body import MOST_TOKENS, Body, FirstFault, List, Many, ModelName, Structured, read
 from hadal.server.errors import APIError
 from hadal.server.parts import (
     Part,
@@ -41,7 +42,7 @@ _SESSION = re.compile(r'(_session_|,?\s*"session_id":\s*")[0-9a-fA-F-]{36}"?')
 
 
 class Text(Part):
-    """A text of the system prompt or of a tool's result."""
+    """A text of the system prompt."""
 
     kinds: ClassVar[Mapping[str, tuple[str, str]]] = {"text": ("text", "cache_control citations")}
     remedy: ClassVar[str] = "DeepSeek-V4 reads text only; send the content as text"
@@ -50,7 +51,22 @@ class Text(Part):
     citations: Any = None
 
 
-Texts = Annotated[list[Text], BeforeValidator(read_text_as("text"))]
+class Result(Text):
+    """A part of a tool's result. The model is told of a picture, for a conversation that has one is to go on."""
+
+    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **Text.kinds,
+        "image": ("source", "cache_control"),
+        "document": ("source", "title context citations cache_control"),
+    }
+    source: Any = None
+    title: Any = None
+    context: Any = None
+
+    @property
+    def said(self) -> str:
+        """What the model reads."""
+        return self.text if self.type == "text" else f"[{self.type} omitted: this model reads only text]"
 
 
 class Block(Text):
@@ -70,7 +86,7 @@ class Block(Text):
     input: dict[str, Any] = Field({})
     caller: Any = None
     tool_use_id: str = ""
-    content: Texts = Field([])
+    content: Annotated[List[Result], BeforeValidator(read_text_as("text"))] = Field([])
     is_error: bool = False
 
 
@@ -78,7 +94,7 @@ class Message(Body):
     """One message; a later system message is told with the user's words."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(read_text_as("text"))]
+    content: Annotated[List[Block], BeforeValidator(read_text_as("text"))]
 
 
 class Tool(Part):
@@ -160,17 +176,17 @@ class Metadata(Body):
 class CountRequest(Body):
     """The body of POST /v1/messages/count_tokens: what makes the prompt."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    system: Texts = Field([])
+    model: ModelName
+    messages: Many[Message] = Field(min_length=1)
+    system: Annotated[List[Text], BeforeValidator(read_text_as("text"))] = Field([])
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
     output_format: Format | None = None
-    tools: list[Tool] = Field([])
+    tools: List[Tool] = Field([])
     tool_choice: Choice = Choice.model_construct(type="auto")
     metadata: Metadata | None = None
     max_tokens: int = Field(1, ge=1, le=MOST_TOKENS)
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field([])
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], FirstFault()] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -191,15 +207,13 @@ class CountRequest(Body):
         thinking = decide(settings, self.model, switch, [("output_config.effort", effort)] if effort else [])
         tools, choice = tuple(tool.plain for tool in self.tools), self.tool_choice.plain
         check_tools(settings, tools, choice)
-        if len(self.stop_sequences) > settings.max_stops:
-            raise APIError(422, f"at most {settings.max_stops} strings are accepted", param="stop_sequences")
         sampling = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stop": tuple(self.stop_sequences),
-            "structured": Structured().structured(settings, **self._formats()),
+            "structured": Structured().structured(**self._formats()),
         }
         return make_ask(
             settings,
@@ -250,6 +264,7 @@ class CountRequest(Body):
             yield "cache_control"
         if any(block.is_error for block in blocks):
             yield "is_error"
+        yield from (f"tool_result.{part.type}" for block in blocks for part in block.content if part.type != "text")
         for name in ("allowed_callers", "defer_loading", "eager_input_streaming", "input_examples"):
             if any(getattr(tool, name) for tool in self.tools):
                 yield f"tools.{name}"
@@ -268,7 +283,7 @@ class MessagesRequest(CountRequest):
 def _user_turn(message: Message) -> Iterator[dict[str, Any]]:
     for block in message.content:
         if block.type == "tool_result":
-            said = join_texts([part.text for part in block.content])
+            said = join_texts([part.said for part in block.content])
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": said}
         elif block.type == "text":
             yield {"role": "user", "content": block.text}
@@ -300,14 +315,17 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/anthropic/v1/messages")
     @routes.post("/v1/messages", include_in_schema=False)
-    async def messages(body: MessagesRequest, request: Request) -> Response:
+    async def messages(body: SkipValidation[MessagesRequest], request: Request) -> Response:
         """An answer to a conversation, whole or as a stream of events."""
-        return await service.respond(request, "messages", body.ask(service.settings), body.wire)
+        body, ask = await read(service, request, MessagesRequest, body)
+        return await service.respond(request, "messages", ask, body.wire)
 
     @routes.post("/anthropic/v1/messages/count_tokens")
     @routes.post("/v1/messages/count_tokens", include_in_schema=False)
-    async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
+    async def count_tokens(body: SkipValidation[CountRequest], request: Request) -> dict[str, int]:
         """The tokens of the prompt that a conversation makes."""
-        return {"input_tokens": len(await service.render(request, "messages", body.ask(service.settings)))}
+        _, ask = await read(service, request, CountRequest, body)
+        ids = await service.count(request, lambda: service.render(request, "messages", ask))
+        return {"input_tokens": len(ids)}
 
     return routes

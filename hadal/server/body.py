@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+from starlette.requests import Request
 
-from hadal.engine import RequestError, StructuredOutput
-from hadal.server.errors import APIError
+from hadal.engine import MAX_STOP_IDS, MAX_STOPS, RequestError, StructuredOutput
+from hadal.server.ask import Ask
+from hadal.server.errors import APIError, validation_error
+from hadal.server.service import Service
 from hadal.server.settings import Settings
 
 MOST_TOKENS = 393_216  # of one answer, as at DeepSeek
+MOST_IDS = 1 << 22  # of all prompts of a request
+MOST_VALUES = 500_000  # a body's fields, and its objects in lists; a conversation of 1M tokens has far fewer
 USER_ID = r"^[a-zA-Z0-9_-]{1,512}$"
+_MOST_FIELDS = 100  # of one object
+_LARGE = 128 << 10  # bytes of a body whose checks take a while
+_T = TypeVar("_T")
+
+
+class FirstFault(FailFast):
+    """A list tells its first fault and not all of them, for a body can hold a million."""
+
+    __hash__ = object.__hash__  # unions of annotated types need one
+
+
+Many = Annotated[list[_T], FirstFault(), Field(max_length=50_000)]
+List = Annotated[list[_T], FirstFault(), Field(max_length=10_000)]
+ModelName = Annotated[str, Field(max_length=256)]
 
 
 class Body(BaseModel):
@@ -25,7 +44,11 @@ class Body(BaseModel):
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
         # Client libraries replay messages with every optional field of their own types as null.
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if len(data) > _MOST_FIELDS:
+            raise ValueError(f"the object has {len(data)} fields, more than there are; leave the unknown ones out")
+        return {k: v for k, v in data.items() if v is not None}
 
 
 class Habits(Body):
@@ -34,7 +57,7 @@ class Habits(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     metadata: Any = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: List[Literal["text"]] | None = None
     prediction: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
@@ -72,7 +95,7 @@ class StructuredOutputs(Body):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: Literal[True] | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: List[str] | None = None
     grammar: str | None = None
 
 
@@ -84,10 +107,10 @@ class Structured(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: List[str] | None = None
     guided_grammar: str | None = None
 
-    def structured(self, settings: Settings, **more: tuple[str, Any]) -> StructuredOutput | None:
+    def structured(self, **more: tuple[str, Any]) -> StructuredOutput | None:
         """What the answer must be; `more` maps other fields to a form and its value. APIError for two of them."""
         nested = self.structured_outputs.model_dump(by_alias=True) if self.structured_outputs else {}
         given = {
@@ -110,7 +133,6 @@ class Structured(Body):
         form, value = given[path]
         if form == "json_schema":
             value = _read_schema(path, value)
-            check_size(path, value, settings.schema_limit)
         try:
             return StructuredOutput(**{form: value})
         except RequestError as error:
@@ -120,7 +142,7 @@ class Structured(Body):
 class SamplingBody(Habits, Neutral, Structured):
     """How chat and completions choose tokens; absent is the model's own default. A smaller `priority` runs sooner."""
 
-    model: str
+    model: ModelName
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -128,9 +150,11 @@ class SamplingBody(Habits, Neutral, Structured):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
+        FirstFault(),
+        Field(max_length=MAX_STOPS),
         BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=str | list[str]),
     ] = Field([])
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([])
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], FirstFault()] = Field([], max_length=MAX_STOP_IDS)
     ignore_eos: bool = False
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool = False
@@ -145,12 +169,8 @@ class SamplingBody(Habits, Neutral, Structured):
             raise ValueError("`prompt_logprobs` come with a whole answer; set `stream` to false")
         return self
 
-    def sampling(self, settings: Settings) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         """The fields of SamplingParams that are the same in both APIs; APIError for what does not go together."""
-        if len(self.stop) > settings.max_stops:
-            raise APIError(
-                422, f"`stop` has {len(self.stop)} strings; at most {settings.max_stops} are accepted", param="stop"
-            )
         if self.stream_options is not None and not self.stream:
             raise APIError(400, "`stream_options` needs `stream` to be true", param="stream_options")
         return {
@@ -166,10 +186,50 @@ class SamplingBody(Habits, Neutral, Structured):
         }
 
 
-def check_size(path: str, value: Any, limit: int) -> None:
-    """APIError for a value of more than `limit` bytes as JSON."""
-    if (size := len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))) > limit:
-        raise APIError(422, f"`{path}` takes {size} bytes; at most {limit} are accepted, make it smaller", param=path)
+class Asking(Protocol):
+    """A body that asks for answers."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self:
+        """The checked body; ValidationError says what is wrong."""
+
+    def ask(self, settings: Settings) -> Ask:
+        """The neutral form; APIError for what the settings do not admit."""
+
+
+_B = TypeVar("_B", bound=Asking)
+
+
+async def read(service: Service, request: Request, kind: type[_B], given: Any) -> tuple[_B, Ask]:
+    """The body of a request, given as parsed JSON, and what it asks for; APIError says what is wrong with it.
+
+    FastAPI's own check would hold up everybody: a large body is checked in a worker thread.
+    """
+    settings = service.settings
+
+    def check() -> tuple[_B, Ask]:
+        try:
+            body = kind.model_validate(given)
+        except ValidationError as error:
+            raise validation_error(error.errors(include_url=False)) from None
+        return body, body.ask(settings)
+
+    def check_large() -> tuple[_B, Ask]:
+        _check_count(given)
+        return check()
+
+    return check() if len(await request.body()) < _LARGE else await service.work(check_large)
+
+
+def _check_count(given: Any) -> None:
+    count, open_ = 0, [given] if isinstance(given, dict | list) else []
+    while open_:
+        value = open_.pop()
+        count += len(value) if isinstance(value, dict) else 1
+        if count > MOST_VALUES:
+            raise APIError(422, f"the body has more than {MOST_VALUES:,} fields and objects; send fewer")
+        inner = value.values() if isinstance(value, dict) else value
+        open_ += [part for part in inner if isinstance(part, dict | list)]
 
 
 def _read_schema(path: str, value: Mapping[str, Any] | str) -> Mapping[str, Any]:

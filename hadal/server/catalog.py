@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field, model_validator
+from fastapi.responses import Response
+from pydantic import Field, SkipValidation, model_validator
 
 from hadal.server.ask import Ask
-from hadal.server.body import Body
+from hadal.server.body import MOST_IDS, Body, FirstFault, List, Many, ModelName, read
 from hadal.server.chat import ChatBody, Message, Tool
 from hadal.server.errors import APIError
 from hadal.server.gate import caller
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from hadal.server.thinking import Switch, decide
+from hadal.server.wire import dump
 from hadal.text import Tokenizer, TokenizerError
 
 
 class TokenizeBody(Switch):
     """vLLM's request: a text, or a conversation as chat would render it."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] = Field([])
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    tools: List[Tool] = Field([])
     add_special_tokens: bool = True
+    return_tokens: bool = True
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either `prompt` or `messages`")
+        if self.return_token_strs and not self.return_tokens:
+            raise ValueError("`return_token_strs` needs `return_tokens` to be true")
         return self
 
     def ask(self, settings: Settings) -> Ask:
-        """The conversation in the neutral form."""
+        """The text or the conversation in the neutral form."""
+        if self.prompt is not None:
+            return _continue(settings, self.model, self.prompt)
         given = self.model_dump(include={*ChatBody.model_fields}, exclude_unset=True, by_alias=True)
         return ChatBody.model_validate({"model": settings.model} | given).ask(settings)
 
@@ -46,8 +54,17 @@ class TokenizeBody(Switch):
 class DetokenizeBody(Body):
     """vLLM's request."""
 
-    model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    model: ModelName | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FirstFault(), Field(max_length=MOST_IDS)]
+
+    def ask(self, settings: Settings) -> Ask:
+        """The ids in the neutral form."""
+        return _continue(settings, self.model, tuple(self.tokens))
+
+
+def _continue(settings: Settings, model: str | None, prompt: str | tuple[int, ...]) -> Ask:
+    decide(settings, model or settings.model, [])
+    return Ask(model or settings.model, prompts=(prompt,))
 
 
 def router(service: Service) -> APIRouter:
@@ -84,28 +101,34 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/tokenize")
     @routes.post("/tokenize", include_in_schema=False)
-    async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
-        """Token ids of a text or a conversation."""
-        backend, settings = service.backend, service.settings
-        if body.model is not None:
-            decide(settings, body.model, [])
-        if body.prompt is None:
-            ids = list(await service.render(request, "chat", body.ask(settings)))
-        else:
-            ids = await asyncio.to_thread(_encode, backend.tokenizer, body.prompt, body.add_special_tokens)
-        strings = [backend.tokenizer.decode([i]) for i in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": backend.max_context, "tokens": ids, "token_strs": strings}
+    async def tokenize(body: SkipValidation[TokenizeBody], request: Request) -> Response:
+        """Token ids of a text or a conversation, or only their count."""
+        body, ask = await read(service, request, TokenizeBody, body)
+        backend = service.backend
+
+        def tell() -> bytes:
+            if body.prompt is None:
+                ids: Sequence[int] = service.render(request, "chat", ask)
+            else:
+                ids = _encode(backend.tokenizer, body.prompt, body.add_special_tokens)
+            told: dict[str, Any] = {"count": len(ids), "max_model_len": backend.max_context}
+            if body.return_tokens:
+                strings = [backend.tokenizer.decode([i]) for i in ids] if body.return_token_strs else None
+                told |= {"tokens": ids, "token_strs": strings}
+            return dump(told).encode()
+
+        return Response(await service.count(request, tell), media_type="application/json")
 
     @routes.post("/v1/detokenize")
     @routes.post("/detokenize", include_in_schema=False)
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: SkipValidation[DetokenizeBody], request: Request) -> dict[str, str]:
         """The text of token ids."""
-        if body.model is not None:
-            decide(service.settings, body.model, [])
+        body, _ = await read(service, request, DetokenizeBody, body)
+        tokenizer = service.backend.tokenizer
         try:
-            return {"prompt": await asyncio.to_thread(service.backend.tokenizer.decode, body.tokens)}
+            return {"prompt": await service.count(request, partial(tokenizer.decode, body.tokens))}
         except TokenizerError:
-            most = service.backend.tokenizer.vocab_size - 1
+            most = tokenizer.vocab_size - 1
             raise APIError(422, f"`tokens` has an id beyond {most}, the last of this model", param="tokens") from None
 
     return routes

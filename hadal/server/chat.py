@@ -7,19 +7,16 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field, model_validator
+from pydantic import Field, SkipValidation, model_validator
 
 from hadal.server.ask import Ask
-from hadal.server.body import MOST_TOKENS, Body, SamplingBody, check_size
+from hadal.server.body import MOST_TOKENS, Body, List, Many, ModelName, SamplingBody, read
 from hadal.server.chat_wire import ChatWire
-from hadal.server.errors import APIError
+from hadal.server.parts import check_tools, make_ask
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from hadal.server.thinking import Switch
 from hadal.server.wire import MakeWire
-
-# What DeepSeek's models do not heed while they think.
-_UNHEEDED = ("temperature", "top_p")
 
 
 class Message(Body):
@@ -29,13 +26,13 @@ class Message(Body):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | List[dict[str, Any]] | None = None
     name: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: List[Any] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: List[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
 
@@ -114,28 +111,10 @@ class ResponseFormat(Body):
 class Conversation(Switch):
     """The part of a chat request that makes its prompt."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] = Field([])
+    model: ModelName
+    messages: Many[Message] = Field(min_length=1)
+    tools: List[Tool] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-
-    def checked_tools(self, settings: Settings) -> tuple[dict[str, Any], ...]:
-        """The tools in OpenAI's shape; APIError when they are too many, too large, or lack the one to be called."""
-        if len(self.tools) > settings.max_tools:
-            raise APIError(
-                422,
-                f"`tools` has {len(self.tools)} functions; at most {settings.max_tools} are accepted",
-                param="tools",
-            )
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools)
-        check_size("tools", tools, settings.schema_limit)
-        names = [tool.function.name for tool in self.tools]
-        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            name = self.tool_choice.function.name
-            raise APIError(422, f"`tool_choice` names {name!r}, which `tools` does not have", param="tool_choice")
-        if self.tool_choice == "required" and not tools:
-            raise APIError(422, "`tool_choice` is 'required' and there are no `tools`; send some", param="tool_choice")
-        return tools
 
 
 class ChatBody(Conversation, SamplingBody):
@@ -166,33 +145,30 @@ class ChatBody(Conversation, SamplingBody):
 
     def ask(self, settings: Settings) -> Ask:
         """The neutral form; APIError for what the settings do not admit."""
-        thinking, tools = self.decide(settings, self.model), self.checked_tools(settings)
-        strict, sampling = settings.history == "strict", self.sampling(settings)
-        ignored = self.habits + self.without_effect(thinking)
-        if strict and thinking.enabled:
-            ignored += tuple(name for name in _UNHEEDED if sampling[name] is not None)
-            sampling |= dict.fromkeys(_UNHEEDED)
-        choice = self.tool_choice or "auto"
+        thinking = self.decide(settings, self.model)
+        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools)
+        named = self.tool_choice or "auto"
+        choice = named if isinstance(named, str) else named.model_dump()
+        check_tools(settings, tools, choice)
         limit = self.max_tokens or self.max_completion_tokens
-        return Ask(
-            model=self.model,
-            messages=tuple(message.plain() for message in self.messages),
-            thinking=thinking.enabled,
-            effort=thinking.effort,
-            tools=tools,
-            tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
-            parallel_tool_calls=self.parallel_tool_calls,
-            sampling=sampling
+        return make_ask(
+            settings,
+            thinking,
+            self.sampling()
             | {
                 "max_tokens": limit or settings.default_max_tokens.of(thinking.enabled, thinking.effort),
                 "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-                "structured": self.structured(settings, **self._formats()),
+                "structured": self.structured(**self._formats()),
             },
+            model=self.model,
+            messages=tuple(message.plain() for message in self.messages),
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
             stream=self.stream,
             user_id=self.user_id,
             priority=-self.priority,
-            strict_history=strict,
-            ignored=ignored,
+            ignored=self.habits + self.without_effect(thinking),
         )
 
     @property
@@ -217,8 +193,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/chat/completions", include_in_schema=False)
     @routes.post("/beta/chat/completions", include_in_schema=False)
     @routes.post("/beta/v1/chat/completions", include_in_schema=False)
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
+    async def chat_completions(body: SkipValidation[ChatBody], request: Request) -> Response:
         """Answers to a conversation, whole or as a stream of events."""
-        return await service.respond(request, "chat", body.ask(service.settings), body.wire)
+        body, ask = await read(service, request, ChatBody, body)
+        return await service.respond(request, "chat", ask, body.wire)
 
     return routes

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SkipValidation, model_validator
 
 from hadal.llm import CompletionOutput, Delta
 from hadal.server.ask import Ask
-from hadal.server.body import MOST_TOKENS, SamplingBody
+from hadal.server.body import MOST_IDS, MOST_TOKENS, SamplingBody, read
 from hadal.server.chat_wire import FINGERPRINT
 from hadal.server.errors import APIError
 from hadal.server.logprobs import CompletionLogprobs, join_lists, prompt_logprobs
@@ -29,23 +29,25 @@ Prompt = str | tuple[int, ...]
 
 def _read_prompts(value: Any) -> tuple[Prompt, ...]:
     """One text or list of ids, or a list of these."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(_is_id(i) for i in value)):
+    if isinstance(value, str) or _are_ids(value):
         value = [value]
     if not isinstance(value, list) or not 1 <= len(value) <= MOST_PROMPTS:
         raise ValueError(f"give a text, token ids, or a list of 1 to {MOST_PROMPTS} of these")
+    if sum(len(part) for part in value if isinstance(part, list)) > MOST_IDS:
+        raise ValueError(f"give at most {MOST_IDS} token ids in all")
     return tuple(_read_prompt(part) for part in value)
 
 
 def _read_prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value or not all(_is_id(i) for i in value):
+    if not _are_ids(value):
         raise ValueError("each prompt must be a text or a list of token ids")
     return tuple(value)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and {*map(type, value)} == {int}
 
 
 class CompletionBody(SamplingBody):
@@ -81,12 +83,12 @@ class CompletionBody(SamplingBody):
             model=self.model,
             prompts=self.prompt,
             suffix=self.suffix,
-            sampling=self.sampling(settings)
+            sampling=self.sampling()
             | {
                 "max_tokens": max(self.max_tokens, 1),
                 "logprobs": self.logprobs,
                 "prompt_logprobs": max(wanted, default=None),
-                "structured": self.structured(settings),
+                "structured": self.structured(),
             },
             stream=self.stream,
             user_id=self.user_id,
@@ -196,8 +198,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/completions", include_in_schema=False)
     @routes.post("/beta/completions", include_in_schema=False)
     @routes.post("/beta/v1/completions", include_in_schema=False)
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: SkipValidation[CompletionBody], request: Request) -> Response:
         """Continuations of texts or token ids, or what belongs between a prompt and a suffix."""
-        return await service.respond(request, "completions", body.ask(service.settings), body.wire)
+        body, ask = await read(service, request, CompletionBody, body)
+        return await service.respond(request, "completions", ask, body.wire)
 
     return routes

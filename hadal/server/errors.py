@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 # Statuses are DeepSeek's (its page of error codes); types are OpenAI's and Anthropic's words for the same.
@@ -18,7 +19,9 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_UNION_MEMBER = re.compile(r"str|bool|int|float|dict|[A-Z]\w*|.*\[.*\]")  # as pydantic names them
+_UNION_MEMBER = re.compile(r"str|bool|int|float|dict|[A-Z]\w*|[\w-]+\[.*\]")  # as pydantic names them
+_MOST_MEMBERS = 8
+_LONGEST = 300  # characters of what is quoted
 CLIENT_GONE = 499  # never sent: nobody is there to read it
 
 
@@ -76,7 +79,8 @@ def validation_error(errors: Sequence[Any]) -> APIError:
         return APIError(422, f"unknown field `{path}`; remove it", param=path, code="unknown_parameter")
     if kind == "missing" and path:
         return APIError(422, f"field `{path}` is missing", param=path, code="missing_required_parameter")
-    messages = [str(error["msg"]).removeprefix("Value error, ") for error in errors if _path(error) == path]
+    same = [error for error in errors[:_MOST_MEMBERS] if _path(error) == path]  # one fault for each member of a union
+    messages = [_short(str(error["msg"]).removeprefix("Value error, ")) for error in same]
     message = ", or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in messages))
     shown = f" (given {_given(first)})" if kind != "value_error" and len(_given(first)) <= 60 else ""
     return APIError(422, f"`{path}`: {message}{shown}" if path else f"{message}{shown}", param=path or None)
@@ -91,11 +95,16 @@ def _path(error: Any) -> str:
             path += f"[{part}]"
         elif (i > 0 or part not in ("body", "query")) and (i == name or not _UNION_MEMBER.fullmatch(part)):
             path += f".{part}" if path else part
-    return path
+    return _short(path)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _given(error: Any) -> str:
+    """The start of the wrong value as JSON."""
     try:
-        return json.dumps(error.get("input"), default=str)
+        return "".join(islice(json.JSONEncoder(default=str).iterencode(error.get("input")), 61))
     except RecursionError:
         return "what is nested too deeply"

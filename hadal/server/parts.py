@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from hadal.engine import MAX_SCHEMA
 from hadal.server.ask import Ask
-from hadal.server.body import Body, check_size
+from hadal.server.body import Body
 from hadal.server.errors import APIError
 from hadal.server.settings import Settings
 from hadal.server.thinking import Thinking
@@ -81,10 +83,13 @@ def check_tools(settings: Settings, tools: Sequence[Mapping[str, Any]], choice: 
         raise APIError(
             422, f"`tools` has {len(tools)} entries; at most {settings.max_tools} are accepted", param="tools"
         )
-    check_size("tools", tools, settings.schema_limit)
+    if (size := len(json.dumps(tools, ensure_ascii=False).encode("utf-8", "surrogatepass"))) > MAX_SCHEMA:
+        raise APIError(422, f"`tools` take {size} bytes; at most {MAX_SCHEMA} are accepted, send fewer", param="tools")
     if isinstance(choice, str):
         if choice == "required" and not tools:
-            raise APIError(422, "`tool_choice` demands a call and there are no `tools`; send some", param="tool_choice")
+            raise APIError(
+                422, "`tool_choice` demands a call and there are no `tools` to call; send some", param="tool_choice"
+            )
     elif (name := choice["function"]["name"]) not in [tool["function"]["name"] for tool in tools]:
         raise APIError(422, f"`tool_choice` names {name!r}, which `tools` does not have", param="tool_choice")
 

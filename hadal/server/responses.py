@@ -5,129 +5,41 @@ Stateless, as DeepSeek's: nothing is stored, so whatever refers to something sto
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SkipValidation, model_validator
 
 from hadal.engine import StructuredOutput
 from hadal.server.ask import Ask
-from hadal.server.body import Body, Structured
+from hadal.server.body import Body, FirstFault, List, Many, ModelName, Structured, read
+from hadal.server.items import NOTHING_STORED, Item, conversation, prompt_name
 from hadal.server.parts import (
     Part,
     check_tools,
     join_texts,
     make_ask,
-    plain_call,
     plain_choice,
     plain_tool,
-    read_text_as,
 )
-from hadal.server.responses_wire import SEALED, ResponsesWire
+from hadal.server.responses_wire import ResponsesWire
 from hadal.server.service import Service
 from hadal.server.settings import Settings
 from hadal.server.thinking import decide
 from hadal.server.wire import Context
 
-_TEXT_ONLY = "DeepSeek-V4 reads text only; send the content as text"
 _NO_TOOL = (
-    'this server has no web, file store, or sandbox; leave the tool out (Codex: `web_search = "disabled"`), '
-    "or give one that the client runs, as type 'function' or 'custom'"
+    "this server has no web, file store, or sandbox; leave it out, or give a tool that the client runs, as type "
+    "'function' or 'custom'"
 )
-_NOTHING_STORED = "nothing is stored here; send the whole conversation as `input`"
+# Tools that OpenAI runs itself, and clients offer without being asked: they are taken and not shown to the model.
+_BUILT_IN = (
+    "web_search", "web_search_preview", "image_generation", "code_interpreter", "file_search", "local_shell",
+    "computer_use_preview", "mcp",
+)  # fmt: skip
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-
-
-class Text(Part):
-    """A part of the content of an item."""
-
-    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "input_text": ("text", "prompt_cache_breakpoint"),
-        "output_text": ("text", "annotations logprobs parsed"),
-        "reasoning_text": ("text", ""),
-        "summary_text": ("text", ""),
-        "refusal": ("refusal", ""),
-    }
-    remedy: ClassVar[str] = _TEXT_ONLY
-    text: str = ""
-    refusal: str = ""
-    annotations: Any = None
-    logprobs: Any = None
-    parsed: Any = None
-    prompt_cache_breakpoint: Any = None
-
-
-Texts = Annotated[list[Text], BeforeValidator(read_text_as("input_text"))]
-
-
-class Item(Part):
-    """One entry of `input`. Answers of this server can be sent back as they came."""
-
-    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "message": ("role content", "id status phase"),
-        "reasoning": ("", "id status content summary encrypted_content"),
-        "function_call": ("call_id name arguments", "id status parsed_arguments namespace"),
-        "function_call_output": ("output", "call_id name namespace id status"),
-        "custom_tool_call": ("call_id name input", "id status namespace"),
-        "custom_tool_call_output": ("call_id output", "id status"),
-    }
-    remedy: ClassVar[str] = f"what an item refers to is not here, for {_NOTHING_STORED}"
-    type: str = "message"
-    id: Any = None
-    status: Any = None
-    phase: Any = None
-    role: Literal["user", "assistant", "system", "developer"] = "user"
-    content: Texts = Field([])
-    summary: list[Text] = Field([])
-    encrypted_content: str = ""
-    call_id: str = ""
-    name: str = ""
-    namespace: str = ""
-    arguments: str = ""
-    parsed_arguments: Any = None
-    input: str = ""
-    output: Texts = Field([])
-
-    @property
-    def said(self) -> str:
-        """The text of a message or of a tool's result."""
-        return join_texts([part.text or part.refusal for part in self.content or self.output])
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """A tool's result in the chat API's shape; one that nobody called (Codex: a goal) is told as the user's."""
-        if self.call_id:
-            return {"role": "tool", "tool_call_id": self.call_id, "content": self.said}
-        name = _prompt_name(self.namespace, self.name)
-        return {"role": "user", "content": f"{name}:\n{self.said}" if name else self.said}
-
-    @property
-    def thought(self) -> str:
-        """The reasoning that an item carries, openly or sealed by this server; else what another one summed up."""
-        if self.content:
-            return "".join(part.text for part in self.content)
-        if self.encrypted_content.startswith(SEALED):
-            try:
-                return base64.b64decode(self.encrypted_content[len(SEALED) :], validate=True).decode()
-            except ValueError:
-                return ""
-        return join_texts([part.text for part in self.summary])
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """A call in the chat API's shape; free text is the one argument `input`."""
-        free = self.type == "custom_tool_call"
-        arguments = json.dumps({"input": self.input}, ensure_ascii=False) if free else self.arguments
-        return plain_call(self.call_id, _prompt_name(self.namespace, self.name), arguments)
-
-
-def _prompt_name(namespace: str, name: str) -> str:
-    """What the model knows a tool by: DeepSeek-V4's format has no namespaces."""
-    return f"{namespace}__{name}" if namespace else name
 
 
 class Tool(Part):
@@ -159,16 +71,26 @@ class Tool(Part):
 
 
 class Entry(Tool):
-    """One entry of `tools`: a tool, or several under a namespace (Codex: those of an MCP server)."""
+    """One entry of `tools`: a tool, several under a namespace (Codex: those of an MCP server), or one of OpenAI's."""
 
-    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {**Tool.kinds, "namespace": ("name tools", "description")}
-    tools: list[Tool] = Field([])
+    kinds: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **Tool.kinds,
+        "namespace": ("name tools", "description"),
+        **dict.fromkeys(_BUILT_IN, ("", "")),
+    }
+    tools: List[Tool] = Field([])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in_by_type(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        return {"type": kind} if kind in _BUILT_IN else given
 
     @property
     def named(self) -> list[tuple[str, Tool, str]]:
         """Its tools with namespace, and with what is to be said before the description: the namespace's own, once."""
         if self.type != "namespace":
-            return [("", self, "")]
+            return [] if self.type in _BUILT_IN else [("", self, "")]
         return [(self.name, tool, "" if i else self.description or "") for i, tool in enumerate(self.tools)]
 
 
@@ -183,7 +105,7 @@ class Choice(Part):
     remedy: ClassVar[str] = _NO_TOOL
     name: str = ""
     mode: Literal["auto", "required"] = "auto"
-    tools: list[dict[str, Any]] = Field([])
+    tools: List[dict[str, Any]] = Field([])
 
 
 class Format(Part):
@@ -220,9 +142,9 @@ class Reasoning(Body):
 class ResponsesRequest(Body):
     """The body of POST /responses."""
 
-    model: str
+    model: ModelName
     input: Annotated[
-        list[Item], BeforeValidator(lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v)
+        Many[Item], BeforeValidator(lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v)
     ]
     instructions: str | None = None
     stream: bool = False
@@ -230,11 +152,11 @@ class ResponsesRequest(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Entry] = Field([])
+    tools: List[Entry] = Field([])
     tool_choice: Literal["none", "auto", "required"] | Choice = "auto"
     reasoning: Reasoning = Reasoning()
     text: TextConfig = TextConfig()
-    include: list[str] = Field([])
+    include: Annotated[list[str], FirstFault()] = Field([], max_length=64)
     user: str | None = Field(None, max_length=512)
     metadata: dict[str, Any] = Field({})
     background: bool = False
@@ -258,7 +180,7 @@ class ResponsesRequest(Body):
     def _possible(self) -> ResponsesRequest:
         for name in ("previous_response_id", "conversation", "prompt"):
             if getattr(self, name) is not None:
-                raise ValueError(f"`{name}` names something stored, and {_NOTHING_STORED}")
+                raise ValueError(f"`{name}` names something stored, and {NOTHING_STORED}")
         if self.background:
             raise ValueError("`background` is not served, for nothing is stored; stream the response instead")
         return self
@@ -267,7 +189,7 @@ class ResponsesRequest(Body):
     def calls(self) -> dict[str, dict[str, str]]:
         """What the item of a call says of its tool, by the tool's name in the prompt."""
         return {
-            _prompt_name(namespace, tool.name): {
+            prompt_name(namespace, tool.name): {
                 "type": "function_call" if tool.type == "function" else "custom_tool_call",
                 "name": tool.name,
             }
@@ -287,7 +209,7 @@ class ResponsesRequest(Body):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "logprobs": self.top_logprobs,
-            "structured": self._structured(settings),
+            "structured": self._structured(),
         }
         if self.top_logprobs is None and "message.output_text.logprobs" in self.include:
             sampling["logprobs"] = 0
@@ -296,7 +218,7 @@ class ResponsesRequest(Body):
             thinking,
             sampling,
             model=self.model,
-            messages=tuple(_conversation(self.instructions, self.input)),
+            messages=tuple(conversation(self.instructions, self.input)),
             tools=tuple(tools),
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
@@ -312,6 +234,8 @@ class ResponsesRequest(Body):
             exclude_unset=True,
             by_alias=True,
         )
+        if "tools" in shown:
+            shown["tools"] = [tool for tool in shown["tools"] if tool["type"] not in _BUILT_IN]
         return ResponsesWire(context, shown, self.calls, seal="reasoning.encrypted_content" in self.include)
 
     def _tools(self) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
@@ -321,13 +245,13 @@ class ResponsesRequest(Body):
             tools = [(space, tool, heading) for space, tool, heading in tools if {space, tool.name} & allowed]
             choice = choice.mode
         named = choice if isinstance(choice, str) else plain_choice(choice.name)
-        return [tool.plain(_prompt_name(space, tool.name), heading) for space, tool, heading in tools], named
+        return [tool.plain(prompt_name(space, tool.name), heading) for space, tool, heading in tools], named
 
-    def _structured(self, settings: Settings) -> StructuredOutput | None:
+    def _structured(self) -> StructuredOutput | None:
         form = self.text.format
         forms = {"json_object": (form.type, True), "json_schema": (form.type, form.json_schema)}
         path = "text.format.schema" if form.type == "json_schema" else "text.format"
-        return Structured().structured(settings, **{path: forms.get(form.type, ("", None))})
+        return Structured().structured(**{path: forms.get(form.type, ("", None))})
 
     def _ignored(self) -> Iterable[str]:
         for name in (
@@ -341,41 +265,10 @@ class ResponsesRequest(Body):
             yield "store"
         if self.text.verbosity:
             yield "text.verbosity"
+        yield from (f"tools.{kind}" for kind in _BUILT_IN if any(tool.type == kind for tool in self.tools))
         yield from (f"reasoning.{name}" for name in sorted(self.reasoning.model_fields_set - {"effort"}))
         known = ("message.output_text.logprobs", "reasoning.encrypted_content")
         yield from (f"include[{i}]" for i, name in enumerate(self.include) if name not in known)
-
-
-def _conversation(instructions: str | None, items: Iterable[Item]) -> list[dict[str, Any]]:
-    """The items as chat messages.
-
-    Reasoning, text and calls that follow one another are one turn. System messages at the start are one; DeepSeek-V4's
-    format has no place for later ones, so they are told with the user's words.
-    """
-    system = [instructions] if instructions else []
-    said: list[dict[str, Any]] = []
-    for item in items:
-        if item.type == "message" and item.role != "assistant":
-            if item.role != "user" and not said:
-                system.append(item.said)
-            else:
-                said.append({"role": "user", "content": item.said})
-        elif item.type.endswith("_output"):
-            said.append(item.result)
-        else:
-            if not said or said[-1]["role"] != "assistant":
-                said.append({"role": "assistant", "content": ""})
-            _add_to_turn(said[-1], item)
-    return [*([{"role": "system", "content": join_texts(system)}] if system else []), *said]
-
-
-def _add_to_turn(turn: dict[str, Any], item: Item) -> None:
-    if item.type == "message":
-        turn["content"] = join_texts([turn["content"], item.said]) if turn["content"] else item.said
-    elif item.type != "reasoning":
-        turn.setdefault("tool_calls", []).append(item.call)
-    elif thought := item.thought:
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
 
 
 def router(service: Service) -> APIRouter:
@@ -384,8 +277,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/responses")
     @routes.post("/responses", include_in_schema=False)
-    async def responses(body: ResponsesRequest, request: Request) -> Response:
+    async def responses(body: SkipValidation[ResponsesRequest], request: Request) -> Response:
         """An answer to a list of items, whole or as a stream of events."""
-        return await service.respond(request, "responses", body.ask(service.settings), body.wire)
+        body, ask = await read(service, request, ResponsesRequest, body)
+        return await service.respond(request, "responses", ask, body.wire)
 
     return routes

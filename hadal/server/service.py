@@ -6,15 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hadal.accounts import Accounts, AccountsError, Hold, LimitReached, UsageRow
+from hadal.accounts import Accounts, AccountsError, Hold, Key, LimitReached, UsageRow
 from hadal.engine import EngineBusy, RequestError
 from hadal.llm import Delta, Generation
 from hadal.server.ask import Ask
@@ -30,6 +32,8 @@ from hadal.server.wire import Context, MakeWire, Usage, Wire
 _log = logging.getLogger("hadal.server")
 _LEDGER_SECONDS = 30.0  # how long an answer waits for its row to be safe
 _MOST_RETRY_AFTER = 300.0
+_WORKERS = 4
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -63,6 +67,8 @@ class Service:
         self.started = time.time()
         self._backend: Backend | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        # Threads of its own, so that neither the ledger nor the server's end waits for long prompts.
+        self._workers = ThreadPoolExecutor(_WORKERS, "hadal-prepare")
 
     @property
     def settings(self) -> Settings:
@@ -91,6 +97,7 @@ class Service:
         self.draining = True
         if self._backend is not None:
             await asyncio.to_thread(self._backend.close)
+        self._workers.shutdown(wait=False, cancel_futures=True)
         for seat in list(self.seats):
             self.leave(seat, APIError.closing())
         await asyncio.gather(*self._closing)
@@ -107,10 +114,25 @@ class Service:
             self.leave(seat, APIError(500, "the server failed on this request; see its log"))
             raise
 
-    async def render(self, request: Request, api: str, ask: Ask) -> tuple[int, ...]:
-        """The token ids of the prompt that `ask` makes; APIError when it cannot be served."""
-        tenant = caller(request).tenant(ask.user_id)
-        generations = await asyncio.to_thread(self._render, self.backend, api, tenant, ask)
+    async def work(self, function: Callable[[], _T]) -> _T:
+        """What `function` returns, called in a worker thread because it takes a while."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    async def count(self, request: Request, function: Callable[[], _T]) -> _T:
+        """What `function` returns, called in a worker thread; to the key's limits it is a request without tokens."""
+
+        def counted() -> _T:
+            hold = self._enter(caller(request).key, 0, 0)
+            try:
+                return function()
+            finally:
+                hold.leave()
+
+        return await self.work(counted)
+
+    def render(self, request: Request, api: str, ask: Ask) -> tuple[int, ...]:
+        """The token ids of the prompt that `ask` makes, for a worker thread; APIError when it cannot be served."""
+        generations = self._render(self.backend, api, caller(request).tenant(ask.user_id), ask)
         return generations[0].request.prompt_ids
 
     async def admit(self, visit: Visit, ask: Ask) -> Seat:
@@ -128,7 +150,7 @@ class Service:
         self._check_room(backend)
         if ask.effort not in backend.efforts:
             ask = replace(ask, effort="high")  # rules without "low" start at "high", and the answer says so
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare, backend, visit, ask))
+        preparing = asyncio.ensure_future(self.work(partial(self._prepare, backend, visit, ask)))
         try:
             generations, hold = await asyncio.shield(preparing)
         except asyncio.CancelledError:
@@ -176,8 +198,11 @@ class Service:
         """In a worker thread: tokenizing a long prompt takes a while."""
         generations = self._render(backend, visit.api, visit.caller.tenant(ask.user_id), ask)
         most = sum(g.request.limit for g in generations)
+        return generations, self._enter(visit.caller.key, _prompt_tokens(generations[:: ask.samples]), most)
+
+    def _enter(self, key: Key | None, prompt: int, output: int) -> Hold:
         try:
-            return generations, self.accounts.enter(visit.caller.key, _prompt_tokens(generations[:: ask.samples]), most)
+            return self.accounts.enter(key, prompt, output)
         except LimitReached as error:
             code = "insufficient_balance" if error.status == 402 else "rate_limit_exceeded"
             raise APIError(error.status, str(error), code=code, retry_after=error.retry_after) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
@@ -45,7 +44,6 @@ EFFORTS: Mapping[str, Mapping[str, Effort]] = MappingProxyType(
         },
     }
 )  # fmt: skip
-_VARIANT = re.compile(r"\[[^\]]*\]$")  # a client's own mark behind the name, as "[1m]"
 _RELOADED = ("aliases", "efforts", "price_list")
 _log = logging.getLogger("hadal.server")
 
@@ -104,8 +102,6 @@ class Settings:
     file_limit: Count = 200 << 20
     max_files: Count = 1000
     max_tools: Count = 128
-    max_stops: Count = 16
-    schema_limit: Count = 256 << 10
     start_seconds: Positive = 600.0
     request_seconds: Positive | None = None
     body_seconds: Positive = 60.0
@@ -162,7 +158,7 @@ class Names:
 
     def resolve(self, spelled: str) -> Name | None:
         """What a name means, or None for one that the server does not know; a `[mark]` behind it does not count."""
-        bare = _VARIANT.sub("", spelled)
+        bare = spelled.partition("[")[0] if spelled.endswith("]") else spelled  # a client's own, as "[1m]"
         if bare == self._model:
             return Name(self._model, None)
         for pattern, habit in self._aliases.items():

@@ -25,6 +25,12 @@ def test_out_of_range_parameters_are_refused_by_name(field: str, value: object) 
     assert caught.value.param == field
 
 
+def test_stop_ids_are_few() -> None:
+    assert len(SamplingParams(stop_token_ids=[1] * 128).stop_token_ids or ()) == 128
+    with pytest.raises(RequestError, match="at most 128 token ids"):
+        SamplingParams(stop_token_ids=[1] * 129)
+
+
 def test_unknown_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=0.0)  # type: ignore[call-arg]
@@ -39,7 +45,7 @@ def test_a_single_stop_string_is_a_list_of_one() -> None:
     "fields",
     [{}, {"regex": "a", "json_object": True}, {"regex": ""}, {"choice": []}, {"choice": ["a", 3]}, {"grammar": 3},
      {"json_schema": [1]}, {"json_schema": {"a": float("nan")}}, {"json_object": 1}, {"regex": "a" * 70_000},
-     {"json_schema": {"a": "x" * 140_000}}, {"regex": "\ud800"}],
+     {"json_schema": {"a": "x" * 270_000}}, {"regex": "\ud800"}],
     ids=lambda f: str(f)[:40],
 )  # fmt: skip
 def test_what_is_no_form_is_refused(fields: Any) -> None:

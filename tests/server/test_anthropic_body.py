@@ -153,3 +153,18 @@ def test_no_body_breaks_the_server(server: Running, body: dict[str, Any], turns:
     )
     assert status in (200, 400, 422), answer
     assert answer["type"] == ("message" if status == 200 else "error")
+
+
+def test_a_picture_in_a_tool_result_is_told_as_left_out_and_ends_no_conversation() -> None:
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+    paper = {
+        "type": "document",
+        "title": "a",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": ""},
+    }
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "read"}, picture, paper]}
+    made = ask(messages=[{"role": "user", "content": [result]}])
+    assert made.messages is not None and made.messages[0]["content"] == (
+        "read\n\n[image omitted: this model reads only text]\n\n[document omitted: this model reads only text]"
+    )
+    assert made.ignored == ("tool_result.image", "tool_result.document")

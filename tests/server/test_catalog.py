@@ -113,3 +113,28 @@ def test_without_a_model_the_catalog_says_that_it_is_being_loaded(server: Runnin
         assert server.call("/models")[0] == server.call("/tokenize", {"prompt": "a"})[0] == 503
     finally:
         server.service._backend = backend
+
+
+def test_a_count_may_come_without_the_tokens(server: Running) -> None:
+    body = {"prompt": "the cat"}
+    whole, counted = server.call("/tokenize", body)[1], server.call("/tokenize", body | {"return_tokens": False})[1]
+    assert counted == {"count": whole["count"], "max_model_len": 4096}
+    assert server.call("/tokenize", body | {"return_tokens": False, "return_token_strs": True})[0] == 422
+
+
+def test_counting_is_a_request_to_the_limits_of_a_key(tmp_path: Path) -> None:
+    with Accounts(folder=tmp_path) as accounts:
+        _, secret = accounts.keys.create("a", Limits(requests_per_minute=3, budget=Decimal(0)))
+        anthropic_body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
+        with running(scripted_llm(SCRIPT), accounts=accounts) as server:
+            statuses = [
+                server.call(path, body, authorization=f"Bearer {secret}")[0]
+                for path, body in (
+                    ("/tokenize", {"prompt": "x"}),
+                    ("/anthropic/v1/messages/count_tokens", anthropic_body),
+                    ("/detokenize", {"tokens": [5]}),
+                    ("/tokenize", {"prompt": "x"}),
+                    ("/anthropic/v1/messages/count_tokens", anthropic_body),
+                )
+            ]
+    assert statuses == [200, 200, 200, 429, 429]

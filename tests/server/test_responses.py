@@ -276,8 +276,17 @@ def test_a_client_that_leaves_ends_the_answer(client: OpenAI, server: Running) -
 @pytest.mark.parametrize(
     ("body", "error", "words"),
     [
-        ({"tools": [{"type": "web_search"}]}, openai.UnprocessableEntityError, "has no web"),
-        ({"tools": [{"type": "mcp", "server_label": "x"}]}, openai.UnprocessableEntityError, "type 'mcp'"),
+        (
+            {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
+            openai.UnprocessableEntityError,
+            "has no web",
+        ),
+        (
+            {"tools": [{"type": "web_search"}], "tool_choice": "required"},
+            openai.UnprocessableEntityError,
+            "there are no `tools`",
+        ),
+        ({"tools": [{"type": "shell"}]}, openai.UnprocessableEntityError, "type 'shell'"),
         ({"previous_response_id": "resp_1"}, openai.UnprocessableEntityError, "nothing is stored"),
         ({"background": True}, openai.UnprocessableEntityError, "stream the response"),
         ({"reasoning": {"effort": "most"}}, openai.UnprocessableEntityError, "reasoning.effort"),
@@ -312,3 +321,19 @@ def test_what_has_no_effect_is_named(client: OpenAI) -> None:
     }  # fmt: skip
     made = raw.parse()
     assert raw.headers["x-hadal-thinking"] == "high" and made.metadata == {"a": "b"} and not made.parallel_tool_calls
+
+
+def test_tools_that_only_openai_can_run_are_taken_and_not_shown_to_the_model(client: OpenAI) -> None:
+    built_in: Any = [
+        {"type": "web_search", "external_web_access": False},
+        {"type": "mcp", "server_label": "x", "server_url": "https://x", "require_approval": "never"},
+        {"type": "code_interpreter", "container": {"type": "auto"}},
+    ]
+    own: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+    used = []
+    for tools in ([*built_in, own], [own]):
+        raw = client.responses.with_raw_response.create(model="scripted", input="plain", tools=tools)
+        made = raw.parse()
+        assert made.usage is not None and [tool.type for tool in made.tools] == ["function"]
+        used.append((made.usage.input_tokens, raw.headers.get("x-hadal-ignored")))
+    assert used == [(used[1][0], "tools.web_search, tools.code_interpreter, tools.mcp"), (used[1][0], None)]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hadal.server.responses import Item, ResponsesRequest
+from hadal.server.items import Item
+from hadal.server.responses import ResponsesRequest
 from hadal.server.settings import Settings
 from tests.server.conftest import Running
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,9 @@ def test_a_broken_or_missing_file_leaves_settings_as_they_were(
         write(file, bad)
     assert [settings.now.price_list for _ in range(3)] == ["a"] * 3
     assert caplog.text.count("settings stay as they were") == 1
+
+
+def test_a_name_of_many_brackets_is_resolved_at_once() -> None:
+    began = time.monotonic()
+    assert Settings().names.resolve("claude-" + "[" * 200_000) is not None
+    assert time.monotonic() - began < 2  # looking for each bracket's end takes half a minute

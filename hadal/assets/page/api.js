@@ -42,7 +42,8 @@ export const models = async () => (await (await request("v1/models")).json()).da
 export const status = async (signal) => (await request("status", { signal })).json();
 
 export async function countTokens(model, prompt) {
-  return (await (await request("v1/tokenize", { body: { model, prompt } })).json()).count;
+  const body = { model, prompt, return_tokens: false };
+  return (await (await request("v1/tokenize", { body })).json()).count;
 }
 
 /** The chunks of an answer as they come; throws APIError, also for errors that travel as events. */
