@@ -21,7 +21,7 @@ from hadal.text import SAMPLED_KEY, SampledTurn
 Messages = Sequence[Mapping[str, Any]]
 _Call = tuple[str, str]  # name, and arguments in one spelling of their JSON
 
-_ENTRY_BYTES = 1024  # of a turn besides its texts and ids
+_ENTRY_BYTES = 4096  # of a turn besides its texts and ids, as a process of many short turns grows by
 
 
 class HistoryError(ValueError):
@@ -56,7 +56,7 @@ class TurnMemory:
     tokens back, `repaired` those that got their reasoning back, `unknown` those that were not found.
     """
 
-    def __init__(self, *, limit_bytes: int = 256 << 20) -> None:
+    def __init__(self, *, limit_bytes: int = 128 << 20) -> None:
         self._limit = limit_bytes
         self._lock = threading.Lock()
         self._turns: OrderedDict[_Turn, None] = OrderedDict()
