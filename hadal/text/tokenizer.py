@@ -163,8 +163,8 @@ class Tokenizer:
         return b"".join(self.token_bytes(token_id) for token_id in ids).decode("utf-8", errors="replace")
 
     def _encode_plain(self, text: str) -> list[int]:
-        try:
-            return list(self._bpe.encode(text, add_special_tokens=False).ids) if text else []
+        try:  # as a batch, for that lets other threads run meanwhile, and without offsets it takes half the time
+            return list(self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids) if text else []
         except TypeError:
             message = "the text holds half of a surrogate pair, which is no character; send whole ones"
             raise TokenizerError(message) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -205,3 +206,14 @@ def test_errors_name_cause_and_remedy(own: Tokenizer, tmp_path: Path) -> None:
         train_tokenizer(CORPUS, 100)
     with pytest.raises(TokenizerError, match="give more text"):
         train_tokenizer(["sea"], 340)
+
+
+def test_a_long_text_lets_other_threads_run(own: Tokenizer) -> None:
+    done = threading.Event()
+    worker = threading.Thread(target=lambda: (own.encode("abc def " * 200_000), done.set()))
+    turns = 0
+    worker.start()
+    while not done.wait(0.005):
+        turns += 1
+    worker.join()
+    assert turns > 10  # one that keeps the interpreter's lock leaves one or two
