@@ -193,7 +193,7 @@ def test_a_batch_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path, monk
 def test_a_server_that_drains_finishes_what_runs_and_goes_on_later(tmp_path: Path) -> None:
     with serving(tmp_path, max_concurrent=2) as server:
         client = connect(server)
-        made = begin(client, *(request(f"{i}", "long") for i in range(10)))
+        made = begin(client, *(request(f"{i}", "long") for i in range(60)))
         wait_until(lambda: counted(client, made.id) >= 2)
         on_loop(server, lambda: setattr(server.service, "draining", True))
         wait_until(lambda: server.active() == 0)
@@ -204,10 +204,10 @@ def test_a_server_that_drains_finishes_what_runs_and_goes_on_later(tmp_path: Pat
     with serving(tmp_path) as server:
         done = ended(connect(server), made.id)
         assert done.status == "completed" and set(read(connect(server), done.output_file_id)) == set(
-            map(str, range(10))
+            map(str, range(60))
         )
     after = rows(tmp_path)
-    assert len(after) == 10 and {row.id for row in before} < {row.id for row in after}
+    assert len(after) == 60 and {row.id for row in before} < {row.id for row in after}
 
 
 def on_loop(server: Running, what: Callable[[], None]) -> None:
