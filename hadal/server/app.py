@@ -65,7 +65,7 @@ def create_app(
         app.include_router(room.router(service))
     app.include_router(batches.router(work))
     app.include_router(page.page_router())
-    app.add_middleware(Gate, accounts=service.accounts)
+    app.add_middleware(Gate, accounts=service.accounts, refusal=service.refusal)
     protect(app, settings)
     return app
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -20,17 +20,23 @@ _OPEN = ("/livez", "/readyz", "/startupz", "/health", "/openapi.json", "/favicon
 class Gate:
     """Middleware that finds the caller by `Authorization: Bearer` or `x-api-key` and leaves it in the scope's state.
 
-    Without any key in the accounts everybody may call; as soon as there is one, calls need a valid one.
+    Without any key in the accounts everybody may call; as soon as there is one, calls need a valid one. Who asks for an
+    answer that `refusal` has no room for is told so at once: reading bodies in vain would slow those who are served.
     """
 
-    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
+    def __init__(
+        self, app: ASGIApp, accounts: Accounts, refusal: Callable[[str, Caller], APIError | None] = lambda *_: None
+    ) -> None:
         self._app = app
         self._accounts = accounts
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
                 found = Caller() if _is_open(scope) else self._caller(_secret(Headers(scope=scope)))
+                if scope["method"] == "POST" and (refused := self._refusal(scope["path"], found)):
+                    raise refused
             except APIError as error:
                 return await error_response(scope["path"], error)(scope, receive, send)
             scope.setdefault("state", {})["caller"] = found

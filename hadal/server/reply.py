@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Pieces of a stream that come closer together travel together: reading speed is far below, and every event costs time
 # that the engine could use. The more streams there are, the longer is the pause of each.
-_LEAST_PAUSE = 0.008
-_EVENTS_PER_SECOND = 1500.0
+_LEAST_PAUSE = 0.02
+_EVENTS_PER_SECOND = 800.0
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 

@@ -26,12 +26,13 @@ from hadal.server.gate import caller
 from hadal.server.memory import TurnMemory
 from hadal.server.reply import Reply
 from hadal.server.settings import Settings
-from hadal.server.visit import Observer, Visit
+from hadal.server.visit import Caller, Observer, Visit
 from hadal.server.wire import Context, MakeWire, Usage, Wire
 
 _log = logging.getLogger("hadal.server")
 _LEDGER_SECONDS = 30.0  # how long an answer waits for its row to be safe
 _MOST_RETRY_AFTER = 300.0
+_APIS = {"/chat/completions": "chat", "/completions": "completions", "/responses": "responses", "/messages": "messages"}
 _WORKERS = 4
 _T = TypeVar("_T")
 
@@ -173,6 +174,18 @@ class Service:
         seat = Seat(visit, ask, ticket, hold, context)
         self.seats.add(seat)
         return seat
+
+    def refusal(self, path: str, who: Caller) -> APIError | None:
+        """Why no answer can be asked for at `path` now, or None; seen before the body is read, and counted."""
+        api = _APIS.get(path.rpartition("/v1")[2].removeprefix("/beta"))
+        if api is None:
+            return None
+        try:
+            self._check_room(self.backend)
+        except APIError as error:
+            self._end(Visit(api, who), error)
+            return error
+        return None
 
     def _check_room(self, backend: Backend) -> None:
         if self.draining:

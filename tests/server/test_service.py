@@ -251,6 +251,17 @@ def test_a_burst_beyond_the_queue_gets_429_with_a_time_never_a_broken_stream() -
         assert all(e["end"] == "length" for e in held)
 
 
+def test_who_finds_no_room_is_told_before_the_body_is_read() -> None:
+    with plain(engine={"max_concurrent": 1, "max_waiting": 1}) as server:
+        held = [send(server, "endless", stream=True) for _ in range(2)]
+        assert server.call("/v1/chat/completions", "no json")[0] == 429
+        assert server.call("/anthropic/v1/messages", "no json")[1]["error"]["type"] == "rate_limit_error"
+        assert server.call("/v1/tokenize", {"prompt": "a"})[0] == 200
+        for response in held:
+            response.close()
+        until(lambda: server.call("/v1/chat/completions", "no json")[0] == 400)
+
+
 def test_more_answers_than_can_ever_run_and_wait_are_refused_for_good() -> None:
     with plain(engine={"max_concurrent": 1, "max_waiting": 2}) as server:
         refused = send(server, "plain", sampling={"n": 4})
