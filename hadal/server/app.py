@@ -90,4 +90,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     unknown = error.status_code in (404, 405)
     message = f"there is no {request.method} {request.url.path} here" if unknown else str(error.detail)
-    return await _api_error(request, APIError(error.status_code, message))
+    if error.status_code == 400:  # FastAPI could not even begin to parse it, and does not say why
+        message = "the body cannot be read; send JSON in UTF-8, unpacked (no Content-Encoding), not nested without end"
+    return error_response(request.url.path, APIError(error.status_code, message), error.headers)

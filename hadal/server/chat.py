@@ -116,6 +116,18 @@ class Conversation(Switch):
     tools: List[Tool] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
 
+    def plain_messages(self) -> tuple[dict[str, Any], ...]:
+        """The messages for the chat codec, which has system messages at the front alone: later ones become the user's.
+
+        So does the last of a conversation that has no others, for there must be something to answer.
+        """
+        plain = [message.plain() for message in self.messages]
+        front = next((i for i, message in enumerate(plain) if message["role"] != "system"), len(plain) - 1)
+        return tuple(
+            {**message, "role": "user"} if i >= front and message["role"] == "system" else message
+            for i, message in enumerate(plain)
+        )
+
 
 class ChatBody(Conversation, SamplingBody):
     """A chat request. `functions` and `function_call` are OpenAI's old forms and are refused by name."""
@@ -161,7 +173,7 @@ class ChatBody(Conversation, SamplingBody):
                 "structured": self.structured(**self._formats()),
             },
             model=self.model,
-            messages=tuple(message.plain() for message in self.messages),
+            messages=self.plain_messages(),
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,

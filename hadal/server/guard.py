@@ -74,7 +74,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = number
+                headers["x-request-id"] = headers["request-id"] = number  # OpenAI's and Anthropic's name for it
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
                 if not body.whole:

@@ -165,12 +165,15 @@ def router(service: Service) -> APIRouter:
     made = APIRouter(lifespan=lifespan)
 
     @made.get("/livez")
+    @made.head("/livez", include_in_schema=False)
     async def livez() -> dict[str, Any]:
         """Whether the process answers."""
         return {"status": "ok", "active_requests": len(service.seats)}
 
     @made.get("/readyz")
+    @made.head("/readyz", include_in_schema=False)
     @made.get("/health", include_in_schema=False)
+    @made.head("/health", include_in_schema=False)
     async def readyz() -> Response:
         """Whether requests are served now; 503 with the reason when not."""
         if found := obstacle(service):
@@ -178,6 +181,7 @@ def router(service: Service) -> APIRouter:
         return JSONResponse({"status": "ready"})
 
     @made.get("/startupz")
+    @made.head("/startupz", include_in_schema=False)
     async def startupz(request: Request) -> Response:
         """Whether the model has been loaded, and how that went; 503 until then."""
         startup = getattr(request.app.state, "startup", None)

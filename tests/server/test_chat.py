@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -201,3 +202,29 @@ def test_a_model_that_samples_keeps_to_schema_seed_and_count() -> None:
         first, again = (create(client, body)["choices"] for _ in range(2))
     assert [choice["message"] for choice in first] == [choice["message"] for choice in again]
     assert all(re.fullmatch(OBJECT, choice["message"]["content"]) for choice in first)
+
+
+@pytest.mark.parametrize(
+    "roles", ["system", "user assistant system", "system user developer user", "developer developer"]
+)
+def test_a_system_message_behind_others_is_read_as_the_users_words(server: Running, roles: str) -> None:
+    messages = [{"role": role, "content": f"the end is greet {i}"} for i, role in enumerate(roles.split())]
+    _, told = server.call("/v1/tokenize", {"messages": messages, "thinking": {"type": "disabled"}})
+    text = server.llm.tokenizer.decode(told["tokens"])
+    # Whoever speaks last, it is the assistant's turn; an assistant never follows what no turn contains.
+    assert text.endswith(f"greet {len(messages) - 1}<｜Assistant｜></think>")
+    assert text.count("<｜Assistant｜>") == 1 + roles.split().count("assistant")
+
+
+def test_what_cannot_be_parsed_is_refused_with_a_remedy(server: Running) -> None:
+    status, told = server.call("/v1/chat/completions", "[" * 100_000)
+    assert status == 400 and "JSON" in told["error"]["message"]
+
+
+def test_requests_are_numbered_for_clients_of_both_vendors(server: Running) -> None:
+    with httpx2.Client(base_url=server.url) as client:
+        response = client.get("/v1/models")
+        assert response.headers["x-request-id"] == response.headers["request-id"]
+        assert [client.head(path).status_code for path in ("/livez", "/readyz", "/health", "/startupz")] == [200] * 4
+        wrong = client.post("/v1/models", json={})
+        assert wrong.status_code == 405 and "GET" in wrong.headers["allow"]
